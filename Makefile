@@ -1,0 +1,20 @@
+# make demo   simulate, train, sample, judge: pictures in runs/demo after about six minutes on two cores
+# make test   the whole test suite
+# Without make: sh setup.sh, then the command of the rule with .venv/bin in front of the PATH.
+
+.PHONY: setup demo test lint clean
+
+setup:
+	@sh setup.sh
+
+demo: setup
+	@PATH="$$(cat .env_bin):$$PATH" sh scripts/demo.sh
+
+test: setup
+	@PATH="$$(cat .env_bin):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python -m pytest -q
+
+lint: setup
+	@PATH="$$(cat .env_bin):$$PATH" ruff check
+
+clean:
+	rm -rf .venv .env_bin .env_stamp .env_constraints runs/demo

@@ -1,0 +1,116 @@
+"""Files that are whole or absent.
+
+A file is written to a temporary name in the same folder, flushed to disk, and renamed: whoever looks sees the old file
+or the new one, never half of either, and a full disk costs only the new one. Files are read as data, never as code:
+`weights_only=True` for .pt and .ckpt, safetensors otherwise.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import torch as th
+
+from .config import UserError
+
+
+class SaveError(OSError):
+    """A file could not be written; whatever was there before is intact. Scripts exit with code 3."""
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Give a binary file handle whose contents appear under `path` only if the block ends without an error.
+
+    Raises:
+        SaveError: the disk is full or the folder cannot be written; the previous file is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise _save_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut (a no-op where folders cannot be opened)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _save_error(path: Path, error: Exception) -> Exception:
+    if isinstance(error, RuntimeError) and "unexpected pos" not in str(error) and "write" not in str(error):
+        return error  # not a disk's fault
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, RuntimeError)
+    why = "the disk is full" if full else (error.strerror or str(error))
+    return SaveError(f"cannot write {path}: {why}; earlier checkpoints are intact. Free space or choose another folder")
+
+
+def save(obj, path) -> None:
+    """`torch.save`, atomically."""
+    with atomic_write(path) as handle:
+        th.save(obj, handle)
+
+
+def digest(path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def load(path, map_location="cpu"):
+    """Read what `save` (or upstream) wrote: tensors and plain values, never code.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path, device=str(map_location))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    try:
+        return th.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "blocked" in line), "")
+        raise UserError(f"{path} holds more than tensors and is not loaded. {reason}".strip()) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else "the file is empty"
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
+
+
+def load_state_dict(path, map_location="cpu") -> dict[str, th.Tensor]:
+    """Read a state_dict, also from under a `state_dict` key (Lightning's layout).
+
+    Raises:
+        UserError: see `load`, or the file holds no tensors by name.
+    """
+    loaded = load(path, map_location)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    tensors = OrderedDict((k, v) for k, v in loaded.items() if th.is_tensor(v)) if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no weights")
+    return tensors

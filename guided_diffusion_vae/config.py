@@ -1,0 +1,243 @@
+"""Settings without plumbing: a dataclass field is a flag is a YAML key.
+
+A section is a frozen, keyword-only dataclass that lives beside what it configures:
+
+    @dataclass(frozen=True, kw_only=True)
+    class SamplingConfig:
+        batch_size: int = 16  # images per step and process
+
+Its default is written once, the comment on the field's line is the flag's help, and its `__post_init__` checks the
+value. Precedence: default < base (the run that a checkpoint came from) < recipe (`--config FILE`) < flag. Every value
+passes through the same typed reader, so `lr: 1e-4` in YAML is the number that `--lr 1e-4` is.
+
+This module is the mechanism only; it knows no setting but its own three flags.
+"""
+
+import argparse
+import difflib
+import inspect
+import io
+import os
+import re
+import sys
+import tokenize
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is not a recipe
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the flag, the value and the remedy; scripts exit with code 2."""
+
+
+def str2bool(value: str | bool) -> bool:
+    """Read a boolean flag as upstream does: yes/true/t/y/1 or no/false/f/n/0, in any case."""
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if str(value).lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError("boolean value expected")
+
+
+def reader_of(default: Any):
+    """The type that a flag with this default is read with: None reads as str, bool as `str2bool`."""
+    if default is None:
+        return str
+    return str2bool if isinstance(default, bool) else type(default)
+
+
+def field_defaults(*sections) -> dict[str, Any]:
+    """Flag name -> default, in the order in which the fields are written (the order of the flags)."""
+    defaults = {}
+    for section in sections:
+        for field in fields(section):
+            assert field.default is not MISSING, f"{section.__name__}.{field.name} has no default"
+            known = defaults.setdefault(field.name, field.default)
+            assert known == field.default, f"--{field.name} has two defaults: {known} and {field.default}"
+    return defaults
+
+
+def field_help(section) -> dict[str, str]:
+    """Flag name -> the comment that stands on the field's line, or directly above it."""
+    notes, above = {}, []
+    try:
+        source = inspect.getsource(section)
+    except OSError:  # a frozen application ships no source; help texts are all that is lost
+        return notes
+    named = {field.name for field in fields(section)}
+    by_line: dict[int, list[tokenize.TokenInfo]] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        by_line.setdefault(token.start[0], []).append(token)
+    for tokens in by_line.values():
+        words = [t for t in tokens if t.type not in (tokenize.INDENT, tokenize.DEDENT)]
+        comment = next((t.string.lstrip("# ") for t in words if t.type == tokenize.COMMENT), None)
+        if words and words[0].type == tokenize.COMMENT:
+            above.append(comment)
+            continue
+        if words and words[0].string in named and len(words) > 1 and words[1].string == ":":
+            notes[words[0].string] = comment or " ".join(above)
+        above = []
+    return notes
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which suggests the nearest flag."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(f"unknown flag {unknown[0]}{self._nearest(unknown[0].split('=')[0])}; --help lists them")
+        return parsed
+
+    def _nearest(self, flag: str) -> str:
+        return did_you_mean(flag, [name for action in self._actions for name in action.option_strings])
+
+
+def did_you_mean(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any], notes=None) -> None:
+    """Add one `--name` flag per entry, typed by its default (upstream's rule: None is a string)."""
+    for name, default in default_dict.items():
+        help_text = (notes or {}).get(name, "").replace("%", "%%")
+        shown = f"{help_text} (default: {default!r})".strip().replace("%%(", "%(")
+        parser.add_argument(f"--{name}", default=default, type=reader_of(default), help=shown, metavar="X")
+
+
+def args_to_dict(args, keys) -> dict[str, Any]:
+    """The named settings of parsed arguments, as keyword arguments for a `create_*` function."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def create_argparser(*sections, description: str | None = None) -> Parser:
+    """A parser for the fields of all sections, plus `--config`, `--dry_run` and `--debug`."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.sections = sections
+    for section in sections:
+        group = parser.add_argument_group(section.__name__)
+        add_dict_to_argparser(group, _new_fields(section, parser), field_help(section))
+    own = parser.add_argument_group("every script")
+    own.add_argument("--config", default="", metavar="FILE", help="a recipe: YAML of flag: value")
+    own.add_argument("--dry_run", default=False, type=str2bool, metavar="X", help="print the resolved run and stop")
+    own.add_argument("--debug", default=False, type=str2bool, metavar="X", help="show the traceback of an error")
+    return parser
+
+
+def _new_fields(section, parser) -> dict[str, Any]:
+    taken = {action.dest for action in parser._actions}
+    return {name: value for name, value in field_defaults(section).items() if name not in taken}
+
+
+class Run:
+    """A resolved run: every setting as an attribute, and each section as its dataclass."""
+
+    def __init__(self, values: dict[str, Any], given: set[str], sections, control: argparse.Namespace):
+        self.__dict__.update(values)
+        self._names, self.given, self._sections = list(values), given, sections
+        self.dry_run, self.debug, self.config = control.dry_run, control.debug, control.config
+        for section in sections:
+            self.section(section)  # its __post_init__ is the check
+
+    def section(self, cls):
+        """The settings of one section as its (checked) dataclass."""
+        return cls(**{field.name: getattr(self, field.name) for field in fields(cls)})
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def replace(self, **values) -> "Run":
+        """A copy with some settings replaced (values that the run itself worked out, such as a class list's length)."""
+        control = argparse.Namespace(dry_run=self.dry_run, debug=self.debug, config=self.config)
+        return Run({**self.as_dict(), **values}, self.given, self._sections, control)
+
+    def __str__(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None) -> Run:
+    """Resolve a run from the flags, the recipe that `--config` names, and a base run.
+
+    Args:
+        parser: from `create_argparser`.
+        argv: flags; None takes the command line's.
+        base: settings of an earlier run (its `run.yaml`) to start from; keys that this script does not have are
+            ignored, for a training run knows more than its sampler needs.
+    Raises:
+        UserError: an unknown flag or key, or a value of the wrong type.
+    """
+    defaults = field_defaults(*parser.sections)
+    control = ("config", "dry_run", "debug")
+    unset = object()
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+    flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not unset}
+    recipe = read_recipe(args.config, defaults, ignore=control) if args.config else {}
+    inherited = {k: typed(k, v, defaults[k], "run.yaml") for k, v in (base or {}).items() if k in defaults}
+    return Run({**defaults, **inherited, **recipe, **flags}, set(recipe) | set(flags), parser.sections, args)
+
+
+def read_recipe(path: str, defaults: dict[str, Any], ignore=()) -> dict[str, Any]:
+    """Read a YAML recipe; unknown keys and values of another type are errors that name the file and the key."""
+    loaded = read_yaml(path)
+    for key in loaded:
+        if key not in defaults and key not in ignore:
+            raise UserError(f"--config {path} has the unknown key {key!r}{did_you_mean(str(key), defaults)}")
+    return {k: typed(k, v, defaults[k], f"--config {path}") for k, v in loaded.items() if k in defaults}
+
+
+def typed(name: str, value: Any, default: Any, source: str) -> Any:
+    """Pass a YAML value through the reader of its flag, so that `1e-4` is a number and 'yes' a boolean."""
+    if value is None:
+        return "" if isinstance(default, str) else default
+    if isinstance(value, list):
+        value = ",".join(str(item) for item in value)
+    if isinstance(value, dict):
+        raise UserError(f"{source}: {name} is a block; recipes are flat, one 'flag: value' a line")
+    try:
+        return reader_of(default)(value if isinstance(value, bool) else str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        wanted = type(default).__name__
+        raise UserError(f"{source}: {name} is {value!r}, which is not a {wanted}") from error
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a flat YAML file of at most 1 MB safely: no tags, no aliases.
+
+    Raises:
+        UserError: the file is missing, too large, or not a flat YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path} does not exist")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"--config {path} is larger than 1 MB; that is no recipe")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"--config {path} uses YAML aliases (*name); write the values out")
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        where = re.sub(r"\s+", " ", str(error))[:200]
+        raise UserError(f"--config {path} is not valid YAML: {where}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path} must be 'flag: value' lines, it is a {type(loaded).__name__}")
+    return loaded
+
+
+def debug_wanted(argv=None) -> bool:
+    """Whether `--debug True` was given; looked up by hand, for the error may be in the flags themselves."""
+    words = " ".join(sys.argv[1:] if argv is None else argv)
+    found = re.search(r"--debug[ =](\S+)", words)
+    return bool(found) and found.group(1).lower() in ("yes", "true", "t", "y", "1")

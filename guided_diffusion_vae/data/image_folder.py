@@ -1,0 +1,127 @@
+"""Folders of images: who is in them, and how a file becomes 8-bit RGB.
+
+Two layouts carry labels. A folder for each class (`user_00/...png`), or upstream's `name_rest.png`. The class list is
+the sorted list of names; a class's number is its place in that list.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..config import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
+FORMATS = ("PNG", "JPEG", "GIF")  # what Pillow may try: a renamed file of another format is no reason to run its reader
+MAX_PIXELS = 64_000_000  # a spectrogram is below a megapixel; beyond this it is a decompression bomb
+NAMED = 5  # how many bad files an error names
+
+
+class ImageFolder(NamedTuple):
+    """The images below a folder: paths, the class of each, and the names of the classes (number = place)."""
+
+    paths: list[str]
+    labels: list[int]
+    class_names: list[str]
+
+
+def list_images(data_dir: str | os.PathLike) -> ImageFolder:
+    """Find all images below a folder, in sorted order, with their classes.
+
+    A class is a subfolder if all images lie in subfolders and there are at least two; else it is the file name up to
+    the first `_`, as upstream has it.
+
+    Raises:
+        UserError: no folder, or no images in it.
+    """
+    if not data_dir:
+        raise UserError("--data_dir is empty; give a folder of PNG or JPEG images, one subfolder a user")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data_dir {root} {'is a file' if root.is_file() else 'does not exist'}; give a folder")
+    paths = list_files(root)
+    if not paths:
+        raise UserError(f"--data_dir {root} holds no images ({', '.join(EXTENSIONS)})")
+    names = class_of_each(root, paths)
+    class_names = sorted(set(names))
+    number = {name: place for place, name in enumerate(class_names)}
+    return ImageFolder([str(path) for path in paths], [number[name] for name in names], class_names)
+
+
+def list_files(root: Path) -> list[Path]:
+    """All image files below a folder, sorted folder by folder; hidden folders and symbolic-link loops are left out."""
+    found, seen, stack = [], set(), [root]
+    while stack:
+        folder = stack.pop()
+        real = folder.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+        except PermissionError as error:
+            raise UserError(f"--data_dir: the folder {folder} cannot be read (permission denied)") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                stack.append(entry)
+            elif entry.suffix.lower() in EXTENSIONS:
+                found.append(entry)
+    return sorted(found)
+
+
+def class_of_each(root: Path, paths: list[Path]) -> list[str]:
+    """The class name of every path: its subfolder of `root`, or upstream's prefix of the file name."""
+    folders = [path.relative_to(root).parts for path in paths]
+    if all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) > 1:
+        return [parts[0] for parts in folders]
+    return [path.name.split("_")[0] for path in paths]
+
+
+def class_number(name: str) -> int | None:
+    """The number that a class name ends in (`user_07` -> 7), or None."""
+    found = re.search(r"(\d+)$", name)
+    return int(found.group(1)) if found else None
+
+
+def read_rgb(path: str | os.PathLike) -> Image.Image:
+    """Read an image file as 8-bit RGB: first frame, palette applied, grey repeated, 16 bits scaled (never clipped).
+
+    Raises:
+        UserError: the file is missing, truncated, too large, or not a PNG, JPEG or GIF.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            image.load()
+            return _eight_bit(image).convert("RGB")
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more for bad files
+        raise UserError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow before 11 calls it I, later I;16, and both clip in `convert`."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    full_scale = 1.0 if image.mode == "F" and values.max(initial=0) <= 1.0 else 65535.0
+    return Image.fromarray(np.round(np.clip(values / full_scale, 0, 1) * 255).astype(np.uint8))
+
+
+def refuse(bad: list[str], total: int) -> None:
+    """Raise one line for files that cannot be read: how many, the first few, and what to do."""
+    if bad:
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be used: {'; '.join(bad[:NAMED])}{more}."
+            " Mend or remove them, or give --skip_bad_images True"
+        )

@@ -1,0 +1,356 @@
+"""Upstream's logging facade: key-value tables to the terminal, text, CSV, JSON lines and TensorBoard.
+
+`logkv`, `logkv_mean` and `dumpkvs` fill and write one row; `log` writes a line. Files are appended to, never emptied,
+so a resumed run keeps its history. A value may be a 0-d tensor: it is read from the device only when the row is
+written, so that a training loop needs no synchronisation per step.
+"""
+
+import contextlib
+import csv
+import datetime
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+
+
+class KVWriter:
+    """Writes rows of key -> number."""
+
+    def writekvs(self, kvs):
+        raise NotImplementedError
+
+    def close(self):
+        pass
+
+
+class SeqWriter:
+    """Writes lines of words."""
+
+    def writeseq(self, seq):
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """A table of keys and values for people; to a path (appended) or an open text stream."""
+
+    def __init__(self, filename_or_file):
+        self.owns = isinstance(filename_or_file, (str, os.PathLike))
+        self.file = open(filename_or_file, "a", encoding="utf-8") if self.owns else filename_or_file
+
+    def writekvs(self, kvs):
+        cells = {
+            self._cut(key): self._cut(f"{value:<8.3g}" if hasattr(value, "__float__") else str(value))
+            for key, value in sorted(kvs.items(), key=lambda pair: pair[0].lower())
+        }
+        if not cells:
+            return
+        key_width = max(map(len, cells))
+        value_width = max(map(len, cells.values()))
+        dashes = "-" * (key_width + value_width + 7)
+        rows = [f"| {key:<{key_width}} | {value:<{value_width}} |" for key, value in cells.items()]
+        self._write("\n".join([dashes, *rows, dashes]))
+
+    def writeseq(self, seq):
+        self._write(" ".join(map(str, seq)))
+
+    def _write(self, text):
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    @staticmethod
+    def _cut(text, width=30):
+        return text if len(text) <= width else text[: width - 3] + "..."
+
+    def close(self):
+        if self.owns:
+            self.file.close()
+
+
+class JSONOutputFormat(KVWriter):
+    """One JSON object a line."""
+
+    def __init__(self, filename):
+        self.file = open(filename, "a", encoding="utf-8")
+
+    def writekvs(self, kvs):
+        self.file.write(json.dumps(kvs) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+class CSVOutputFormat(KVWriter):
+    """A CSV file whose header grows when a new key appears; earlier rows are padded."""
+
+    def __init__(self, filename):
+        self.filename = Path(filename)
+        self.keys, self.rows = [], 0
+        if self.filename.exists() and self.filename.stat().st_size:
+            with open(self.filename, newline="", encoding="utf-8") as handle:
+                self.keys = next(csv.reader(handle), [])
+
+    def writekvs(self, kvs):
+        new = sorted(set(kvs) - set(self.keys))
+        if new:
+            old = self.filename.read_text(encoding="utf-8").splitlines() if self.keys else []
+            self.keys += new
+            padded = [line + "," * len(new) for line in old[1:]]
+            self.filename.write_text("\n".join([",".join(self.keys), *padded]) + "\n", encoding="utf-8")
+        with open(self.filename, "a", encoding="utf-8") as handle:
+            handle.write(",".join(str(kvs.get(key, "")) for key in self.keys) + "\n")
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """TensorBoard events through torch (needs the `tb` extra)."""
+
+    def __init__(self, dir):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("OPENAI_LOG_FORMAT asks for tensorboard: pip install tensorboard") from error
+        self.writer, self.step = SummaryWriter(dir), 0
+
+    def writekvs(self, kvs):
+        self.step = int(kvs.get("step", self.step + 1))
+        for key, value in kvs.items():
+            if hasattr(value, "__float__"):
+                self.writer.add_scalar(key, float(value), self.step)
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+def make_output_format(format, ev_dir, log_suffix=""):
+    """The writer for one of stdout, log, json, csv, tensorboard, in the folder `ev_dir`."""
+    os.makedirs(ev_dir, exist_ok=True)
+    makers = {
+        "stdout": lambda: HumanOutputFormat(sys.stdout),
+        "log": lambda: HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt")),
+        "json": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json")),
+        "csv": lambda: CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv")),
+        "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
+    }
+    if format not in makers:
+        raise ValueError(f"Unknown format specified: {format}; known are {', '.join(makers)}")
+    return makers[format]()
+
+
+class Logger:
+    """Collects one row of values, writes rows and lines to its formats."""
+
+    DEFAULT = None
+    CURRENT = None
+
+    def __init__(self, dir, output_formats, comm=None):
+        self.dir, self.output_formats, self.comm, self.level = dir, output_formats, comm, INFO
+        self.name2val, self.name2cnt = OrderedDict(), defaultdict(int)
+
+    def logkv(self, key, val):
+        self.name2val[key] = val
+
+    def logkv_mean(self, key, val):
+        count = self.name2cnt[key]
+        old = self.name2val.get(key)
+        self.name2val[key] = val if not count else old * (count / (count + 1)) + val * (1 / (count + 1))
+        self.name2cnt[key] = count + 1
+
+    def dumpkvs(self):
+        row = OrderedDict((key, _plain(val)) for key, val in self.name2val.items())
+        if self.comm is not None:
+            row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
+        if self.level != DISABLED:
+            for format in self.output_formats:
+                if isinstance(format, KVWriter):
+                    format.writekvs(row)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        return row
+
+    def log(self, *args, level=INFO):
+        if self.level <= level:
+            for format in self.output_formats:
+                if isinstance(format, SeqWriter):
+                    format.writeseq(args)
+
+    def set_level(self, level):
+        self.level = level
+
+    def set_comm(self, comm):
+        self.comm = comm
+
+    def get_dir(self):
+        return self.dir
+
+    def close(self):
+        for format in self.output_formats:
+            format.close()
+
+
+def _plain(value):
+    """A Python number for a 0-d tensor or numpy scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def mpi_weighted_mean(comm, local_name2valcount):
+    """Mean over ranks of {name: (value, count)}, weighted by count. Collective: call on every rank of `comm`."""
+    everyone = comm.gather(local_name2valcount)
+    if comm.rank != 0:
+        return {}
+    sums, counts = defaultdict(float), defaultdict(float)
+    for row in everyone:
+        for name, (value, count) in row.items():
+            sums[name] += float(value) * count
+            counts[name] += count
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+def get_rank_without_mpi_import():
+    """This process's rank as the launcher's environment tells it; 0 when alone."""
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return int(os.environ["SLURM_PROCID"]) if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ else 0
+
+
+def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
+    """Log into `dir`: the argument, else OPENAI_LOGDIR, else a dated folder below the temporary folder."""
+    if dir is None:
+        dir = os.getenv("OPENAI_LOGDIR")
+    if not dir:
+        dir = os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
+    dir = os.path.expanduser(dir)
+    os.makedirs(dir, exist_ok=True)
+    rank = get_rank_without_mpi_import()
+    if rank > 0:
+        log_suffix += f"-rank{rank:03d}"
+    if format_strs is None:
+        variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
+        format_strs = os.getenv(variable, default).split(",")
+    formats = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    Logger.CURRENT = Logger(dir=dir, output_formats=formats, comm=comm)
+    if formats:
+        log(f"Logging to {dir}")
+
+
+def reset():
+    """Return to the default logger (stdout only)."""
+    if Logger.CURRENT is not Logger.DEFAULT:
+        Logger.CURRENT.close()
+        Logger.CURRENT = Logger.DEFAULT
+
+
+@contextlib.contextmanager
+def scoped_configure(dir=None, format_strs=None, comm=None):
+    """Configure for the length of a with-block."""
+    previous = Logger.CURRENT
+    configure(dir=dir, format_strs=format_strs, comm=comm)
+    try:
+        yield
+    finally:
+        Logger.CURRENT.close()
+        Logger.CURRENT = previous
+
+
+def get_current():
+    """The logger in use; standard output only until `configure` is called."""
+    if Logger.CURRENT is None:
+        Logger.DEFAULT = Logger.CURRENT = Logger(dir=None, output_formats=[HumanOutputFormat(sys.stdout)])
+    return Logger.CURRENT
+
+
+def logkv(key, val):
+    """Set a value of the row that the next `dumpkvs` writes."""
+    get_current().logkv(key, val)
+
+
+def logkv_mean(key, val):
+    """Add to the running mean of a value of the row; `val` may be a 0-d tensor."""
+    get_current().logkv_mean(key, val)
+
+
+def logkvs(d):
+    """Set several values of the row."""
+    for key, val in d.items():
+        logkv(key, val)
+
+
+def dumpkvs():
+    """Write the row and start a new one; returns it as plain numbers."""
+    return get_current().dumpkvs()
+
+
+def getkvs():
+    """The row so far."""
+    return get_current().name2val
+
+
+def log(*args, level=INFO):
+    """Write a line of words to the terminal and log.txt."""
+    get_current().log(*args, level=level)
+
+
+def debug(*args):
+    log(*args, level=DEBUG)
+
+
+def info(*args):
+    log(*args, level=INFO)
+
+
+def warn(*args):
+    log(*args, level=WARN)
+
+
+def error(*args):
+    log(*args, level=ERROR)
+
+
+def set_level(level):
+    get_current().set_level(level)
+
+
+def set_comm(comm):
+    get_current().set_comm(comm)
+
+
+def get_dir():
+    """The folder that this run writes to."""
+    return get_current().get_dir()
+
+
+record_tabular = logkv
+dump_tabular = dumpkvs
+
+
+@contextlib.contextmanager
+def profile_kv(scopename):
+    """Add the seconds spent in a with-block to the value `wait_<scopename>`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        row = getkvs()
+        row[f"wait_{scopename}"] = row.get(f"wait_{scopename}", 0.0) + time.perf_counter() - start
+
+
+def profile(n):
+    """Decorator: `profile_kv` around every call."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            with profile_kv(n):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate

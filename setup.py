@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="guided_diffusion_vae",
+    version="0.1.0",
+    description="guided-diffusion on VAE latents, for micro-Doppler spectrograms of walking people",
+    license="MIT",
+    packages=find_packages(include=["guided_diffusion_vae", "guided_diffusion_vae.*"]),
+    package_data={"guided_diffusion_vae": ["assets/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "pillow>=10.0",
+        "tqdm",
+        "blobfile>=2.0",
+        "mpi4py>=4.0",
+        "diffusers>=0.42.1",
+        "safetensors>=0.4",
+        "PyYAML>=6.0",
+    ],
+    extras_require={
+        "mpi": ["mpich"],
+        "tb": ["tensorboard"],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright"],
+    },
+)
