@@ -1,0 +1,1 @@
+"""Data: simulated and measured spectrograms, as folders of images."""

@@ -1,0 +1,193 @@
+"""Half-precision training: float16 weights in the convolutions, float32 masters that are updated, a dynamic loss scale.
+
+In float32 the masters are the parameters themselves. In float16 they are two flat tensors, as upstream keeps them:
+all vectors end to end, shape (N,), and all matrices and kernels end to end, shape (1, N).
+"""
+
+import torch as th
+import torch.nn as nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from . import logger
+
+INITIAL_LOG_LOSS_SCALE = 20.0
+LOWEST_LOG_LOSS_SCALE = -10.0  # below this no gradient is worth scaling: the run has diverged
+OVERFLOWS_IN_A_ROW = 50  # from 2^20 to 2^-10 takes 30 in a row that find nothing finite
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite and lowering the loss scale does not help. Exit code 4."""
+
+
+def convert_module_to_f16(layer):
+    """Halve the weights of a convolution; other layers stay float32."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        layer.half()
+
+
+def convert_module_to_f32(layer):
+    """Undo `convert_module_to_f16`."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        layer.float()
+
+
+def get_param_groups_and_shapes(named_model_params):
+    """[(named vectors, (-1,)), (named matrices, (1, -1))], in order."""
+    named = list(named_model_params)
+    vectors = [(name, param) for name, param in named if param.ndim <= 1]
+    matrices = [(name, param) for name, param in named if param.ndim > 1]
+    return [(vectors, (-1)), (matrices, (1, -1))]
+
+
+def make_master_params(param_groups_and_shapes):
+    """The flat float32 masters of both groups."""
+    return [
+        nn.Parameter(_flatten_dense_tensors([param.detach().float() for _, param in group]).view(shape))
+        for group, shape in param_groups_and_shapes
+    ]
+
+
+def model_grads_to_master_grads(param_groups_and_shapes, master_params):
+    """Copy the gradients of the model into those of the masters; a missing one counts as zero."""
+    for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
+        master.grad = _flatten_dense_tensors([param_grad_or_zeros(param).float() for _, param in group]).view(shape)
+
+
+def master_params_to_model_params(param_groups_and_shapes, master_params):
+    """Copy the masters into the model."""
+    for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+        for (_, param), values in zip(group, unflatten_master_params(group, master.view(-1)), strict=True):
+            param.detach().copy_(values)
+
+
+def unflatten_master_params(param_group, master_param):
+    """The masters of one group, in the shapes of its parameters."""
+    return _unflatten_dense_tensors(master_param.view(-1), [param for _, param in param_group])
+
+
+def master_params_to_state_dict(model, param_groups_and_shapes, master_params, use_fp16):
+    """A float32 state_dict of the model with the masters' values."""
+    state_dict = model.state_dict()
+    if use_fp16:
+        for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+            for (name, _), values in zip(group, unflatten_master_params(group, master.view(-1)), strict=True):
+                state_dict[name] = values.detach()
+    else:
+        for (name, _), param in zip(model.named_parameters(), master_params, strict=True):
+            state_dict[name] = param.detach()
+    return state_dict
+
+
+def state_dict_to_master_params(model, state_dict, use_fp16):
+    """The masters that a state_dict of the model holds."""
+    if use_fp16:
+        named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
+        return make_master_params(get_param_groups_and_shapes(named))
+    return [state_dict[name] for name, _ in model.named_parameters()]
+
+
+def zero_master_grads(master_params):
+    """Drop the gradients of the masters."""
+    for param in master_params:
+        param.grad = None
+
+
+def zero_grad(model_params):
+    """Drop the gradients of the model."""
+    for param in model_params:
+        param.grad = None
+
+
+def param_grad_or_zeros(param):
+    """A parameter's gradient, or zeros if it has none."""
+    return th.zeros_like(param) if param.grad is None else param.grad.detach()
+
+
+def check_overflow(value):
+    """Whether a number is infinite or not a number."""
+    return value in (float("inf"), -float("inf")) or value != value
+
+
+class MixedPrecisionTrainer:
+    """Owns the masters, the loss scale and the step of the optimizer.
+
+    Args:
+        model: converted to float16 here if `use_fp16`.
+        fp16_scale_growth: added to log2 of the loss scale after every good step.
+    """
+
+    def __init__(self, *, model, use_fp16=False, fp16_scale_growth=1e-3, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE):
+        self.model, self.use_fp16, self.fp16_scale_growth = model, use_fp16, fp16_scale_growth
+        self.lg_loss_scale, self.overflows = initial_lg_loss_scale, 0
+        self.model_params = self.master_params = list(model.parameters())
+        self.param_groups_and_shapes = None
+        if use_fp16:
+            self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
+            self.master_params = make_master_params(self.param_groups_and_shapes)
+            model.convert_to_fp16()
+
+    def zero_grad(self):
+        """Drop the gradients of the model."""
+        zero_grad(self.model_params)
+
+    def backward(self, loss):
+        """Backward through the (scaled) loss."""
+        (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
+
+    def optimize(self, opt):
+        """Take the optimizer's step unless gradients overflowed; whether it was taken.
+
+        Raises:
+            TrainingDiverged: no step without overflow down to the lowest loss scale.
+        """
+        return self._optimize_fp16(opt) if self.use_fp16 else self._optimize_normal(opt)
+
+    def _optimize_fp16(self, opt):
+        logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
+        model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
+        grad_norm, param_norm = self._compute_norms(grad_scale=2**self.lg_loss_scale)
+        if check_overflow(grad_norm.item()):
+            self._back_off()
+            return False
+        self.overflows = 0
+        logger.logkv_mean("grad_norm", grad_norm)
+        logger.logkv_mean("param_norm", param_norm)
+        for param in self.master_params:
+            param.grad.mul_(1.0 / 2**self.lg_loss_scale)
+        opt.step()
+        zero_master_grads(self.master_params)
+        master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
+        self.lg_loss_scale += self.fp16_scale_growth
+        return True
+
+    def _back_off(self):
+        self.lg_loss_scale -= 1
+        self.overflows += 1
+        logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
+        zero_master_grads(self.master_params)
+        if self.lg_loss_scale < LOWEST_LOG_LOSS_SCALE or self.overflows >= OVERFLOWS_IN_A_ROW:
+            raise TrainingDiverged(
+                f"gradients overflow even at a loss scale of 2^{self.lg_loss_scale:g}: the run has diverged;"
+                " go on from an earlier checkpoint with a lower --lr, or --use_fp16 False"
+            )
+
+    def _optimize_normal(self, opt):
+        grad_norm, param_norm = self._compute_norms()
+        logger.logkv_mean("grad_norm", grad_norm)  # 0-d tensors: read only when the row is written
+        logger.logkv_mean("param_norm", param_norm)
+        opt.step()
+        return True
+
+    def _compute_norms(self, grad_scale=1.0):
+        grads = [param.grad for param in self.master_params if param.grad is not None]
+        norms = [th._foreach_norm(tensors) for tensors in (grads, [p.detach() for p in self.master_params])]
+        grad_norm, param_norm = (th.stack([n.float() for n in group]).norm() for group in norms)
+        return grad_norm / grad_scale, param_norm
+
+    def master_params_to_state_dict(self, master_params):
+        """See the function of this name."""
+        return master_params_to_state_dict(self.model, self.param_groups_and_shapes, master_params, self.use_fp16)
+
+    def state_dict_to_master_params(self, state_dict):
+        """See the function of this name."""
+        return state_dict_to_master_params(self.model, state_dict, self.use_fp16)

@@ -1,0 +1,107 @@
+"""Small pieces that every network here is made of."""
+
+import math
+
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+class SiLU(nn.Module):
+    """x sigmoid(x)."""
+
+    def forward(self, x):
+        return F.silu(x)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm computed in float32, whatever the dtype of its input."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+def conv_nd(dims, *args, **kwargs):
+    """A 1-, 2- or 3-dimensional convolution."""
+    return _of_dims(dims, nn.Conv1d, nn.Conv2d, nn.Conv3d)(*args, **kwargs)
+
+
+def linear(*args, **kwargs):
+    """A linear layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def avg_pool_nd(dims, *args, **kwargs):
+    """A 1-, 2- or 3-dimensional average pool."""
+    return _of_dims(dims, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)(*args, **kwargs)
+
+
+def _of_dims(dims, *kinds):
+    if dims not in (1, 2, 3):
+        raise ValueError(f"unsupported dimensions: {dims}")
+    return kinds[dims - 1]
+
+
+@th.no_grad()
+def update_ema(target_params, source_params, rate=0.99):
+    """target <- rate target + (1 - rate) source, in place, for all tensors at once."""
+    target, source = [p.detach() for p in target_params], [p.detach() for p in source_params]
+    th._foreach_mul_(target, rate)
+    th._foreach_add_(target, source, alpha=1 - rate)
+
+
+def zero_module(module):
+    """Set all parameters of a module to zero; returns the module."""
+    return scale_module(module, 0)
+
+
+def scale_module(module, scale):
+    """Multiply all parameters of a module; returns the module."""
+    for param in module.parameters():
+        param.detach().mul_(scale)
+    return module
+
+
+def mean_flat(tensor):
+    """The mean over all dimensions but the first: (N, ...) -> (N,)."""
+    return tensor.mean(dim=list(range(1, tensor.ndim)))
+
+
+def normalization(channels):
+    """Group norm with 32 groups.
+
+    Raises:
+        ValueError: `channels` is not a multiple of 32.
+    """
+    if channels % 32:
+        raise ValueError(
+            f"a level has {channels} channels, not a multiple of 32: change --num_channels or --channel_mult"
+        )
+    return GroupNorm32(32, channels)
+
+
+def timestep_embedding(timesteps, dim, max_period=10000):
+    """Sinusoidal embedding [cos(t f_k) | sin(t f_k)], f_k = max_period^(-k / half), zero-padded if `dim` is odd.
+
+    Args:
+        timesteps: (N,), may be fractional.
+    Returns:
+        (N, dim) float32.
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    half = dim // 2
+    k = th.arange(half, dtype=th.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * th.exp(-math.log(max_period) * k / half)[None]
+    return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def checkpoint(func, inputs, params, flag):
+    """func(*inputs); with `flag`, its activations are recomputed in backward instead of kept.
+
+    The recomputation sees the same dropout masks and the same autocast as the first pass, and frozen parameters and
+    inputs are allowed. `params` is not needed (autograd finds them); upstream's callers pass it.
+    """
+    if not flag:
+        return func(*inputs)
+    return recompute(func, *inputs, use_reentrant=False, preserve_rng_state=True)

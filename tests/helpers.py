@@ -1,0 +1,39 @@
+"""What several tests need: golden files, small models with stated weights, and launching scripts."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch as th
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """A golden file: a dict for .json, an NpzFile for .npz."""
+    path = GOLDEN / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+
+def fill_by_name(model, seed):
+    """The stated weights of the golden networks: normal numbers seeded by the parameter's name."""
+    for name, param in model.named_parameters():
+        values = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).randn(*param.shape) * 0.05
+        param.data.copy_(th.from_numpy(values + (0.5 if param.ndim == 1 else 0.0)))
+
+
+def script(name, *flags, ranks=1, check=True, timeout=300, **env):
+    """Run a script as a user would, on one process or by mpiexec; returns the finished process."""
+    launcher = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
+    command = [*launcher, sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PATH": path, **env}, cwd=ROOT
+    )
+    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done

@@ -1,0 +1,246 @@
+"""The training loop against upstream's numbers, against itself on two processes, and against kill -9."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import ROOT, fill_by_name, golden, script
+from PIL import Image
+
+from guided_diffusion_vae import checkpoint, logger, train_util
+from guided_diffusion_vae.script_util import create_gaussian_diffusion
+from guided_diffusion_vae.unet import UNetModel
+
+
+def tiny_model():
+    return UNetModel(
+        image_size=16,
+        in_channels=4,
+        model_channels=32,
+        out_channels=8,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_heads=2,
+        use_scale_shift_norm=True,
+    )
+
+
+def summary(tensor):
+    """Sum, 2-norm and the first four numbers: what the golden file holds of each tensor."""
+    values = tensor.detach().double().flatten()
+    return [values.sum().item(), values.norm().item(), *values[:4].tolist()]
+
+
+@pytest.mark.parametrize("case", ["micro-1_anneal0", "micro2_anneal10"])
+def test_five_steps_are_upstreams(case, tmp_path):
+    """Five steps of the official TrainLoop: weights and both EMAs to 1e-5."""
+    wanted, batches = golden(f"adm_train_{case}.json"), golden(f"adm_train_{case}.npz")["batches"]
+    model = tiny_model()
+    fill_by_name(model, wanted["seed_weights"])
+    with logger.scoped_configure(str(tmp_path), format_strs=[]):
+        loop = train_util.TrainLoop(
+            model=model,
+            diffusion=create_gaussian_diffusion(learn_sigma=True),
+            data=iter([]),
+            batch_size=wanted["batch_size"],
+            microbatch=wanted["microbatch"],
+            lr=wanted["lr"],
+            ema_rate=wanted["ema_rate"],
+            log_interval=1,
+            save_interval=100,
+            resume_checkpoint="",
+            weight_decay=wanted["weight_decay"],
+            lr_anneal_steps=wanted["lr_anneal_steps"],
+        )
+        th.manual_seed(wanted["seed_torch_and_numpy"])
+        np.random.seed(wanted["seed_torch_and_numpy"])
+        for batch in batches:
+            loop.run_step(th.from_numpy(batch), {})
+            loop.step += 1
+    for name, param in model.named_parameters():
+        np.testing.assert_allclose(summary(param), wanted["after"][name], rtol=1e-5, atol=2e-6, err_msg=name)
+    for rate, params in zip(loop.ema_rate, loop.ema_params, strict=True):
+        for (name, _), param in zip(model.named_parameters(), params, strict=True):
+            np.testing.assert_allclose(
+                summary(param), wanted["ema"][str(rate)][name], rtol=1e-5, atol=2e-6, err_msg=f"{rate} {name}"
+            )
+
+
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        ("a/model000010.pt", 10),
+        ("model_x/ema_0.9_000010.pt", 0),
+        ("model000000.pt", 0),
+        ("model1234567.tar.pt", 1234567),
+    ],
+)
+def test_resume_step_is_read_from_the_name(name, step):
+    assert train_util.parse_resume_step_from_filename(name) == step
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+TINY = "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2 --attention_resolutions 8 "
+TINY += "--image_size 32 --ema_rate 0.9,0.99 --lr 1e-3 --diffusion_steps 100 --log_interval 5 --class_cond True"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two users with five images each."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.RandomState(0)
+    for user in range(2):
+        (root / f"user_{user:02d}").mkdir()
+        for i in range(5):
+            Image.fromarray(rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / f"user_{user:02d}/{i}.png")
+    return root
+
+
+def train(folder, log_dir, *flags, ranks=1, **options):
+    return script(
+        "image_train_vae.py", *TINY.split(), "--data_dir", folder, "--log_dir", log_dir, *flags, ranks=ranks, **options
+    )
+
+
+def weights(log_dir, name):
+    return checkpoint.load(log_dir / name)
+
+
+def assert_same(a, b, atol=0.0):
+    assert a.keys() == b.keys()
+    for key in a:
+        if atol:
+            assert (a[key] - b[key]).abs().max() <= atol, key
+        else:
+            assert th.equal(a[key], b[key]), key
+
+
+def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
+    train(folder, tmp_path / "one", "--batch_size", 6, "--max_steps", 10, "--save_interval", 100)
+    train(folder, tmp_path / "two", "--batch_size", 3, "--max_steps", 10, "--save_interval", 100, ranks=2)
+    for name in ("model000010.pt", "ema_0.9_000010.pt", "ema_0.99_000010.pt"):
+        assert_same(weights(tmp_path / "one", name), weights(tmp_path / "two", name), atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_the_same_bits(folder, tmp_path, ranks):
+    """20 steps at once; and kill -9 at a random time past step 10, then the same command again."""
+    flags = [
+        "--batch_size",
+        4,
+        "--max_steps",
+        20,
+        "--save_interval",
+        5,
+        "--resume_checkpoint",
+        "auto",
+        "--dropout",
+        0.1,
+    ]
+    train(folder, tmp_path / "straight", *flags, ranks=ranks)
+    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    words = [*TINY.split(), "--data_dir", folder, "--log_dir", tmp_path / "killed", *flags]
+    command = [sys.executable, ROOT / "scripts/image_train_vae.py", *words]
+    command = (["mpiexec", "-n", str(ranks)] if ranks > 1 else []) + list(map(str, command))
+    process = subprocess.Popen(
+        command, env=env, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "killed" / "state000010.pt").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model000020.pt").exists()
+    train(folder, tmp_path / "killed", *flags, ranks=ranks)
+    for name in ("model000020.pt", "ema_0.9_000020.pt", "ema_0.99_000020.pt"):
+        assert_same(weights(tmp_path / "straight", name), weights(tmp_path / "killed", name))
+    a, b = (weights(tmp_path / run, "opt000020.pt")["state"] for run in ("straight", "killed"))
+    for index in a:
+        assert_same(a[index], b[index])
+
+
+def test_files_are_upstreams(folder, tmp_path):
+    """Names, the off-by-one of periodic saves, and what the files hold."""
+    train(folder, tmp_path, "--batch_size", 2, "--max_steps", 7, "--save_interval", 4)
+    names = {path.name for path in tmp_path.iterdir()}
+    for number in ("000000", "000004", "000007"):
+        expected = {f"model{number}.pt", f"ema_0.9_{number}.pt", f"ema_0.99_{number}.pt", f"opt{number}.pt"}
+        assert expected <= names
+    assert {"log.txt", "progress.csv", "run.yaml"} <= names
+    log = (tmp_path / "log.txt").read_text()
+    for line in ("creating model and diffusion...", "creating data loader...", "training...", "saving model 0..."):
+        assert line in log
+    assert "saving model 0.9..." in log and "| loss_q" in log and "| grad_norm" in log
+    assert weights(tmp_path, "opt000004.pt")["state"][0]["step"] == 5
+
+
+def test_a_stop_file_saves_and_leaves_with_75(folder, tmp_path):
+    (tmp_path / "STOP").touch()
+    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 50, check=False)
+    assert done.returncode == 75 and "stopped: the file STOP" in done.stderr, done.stderr
+    (tmp_path / "STOP").unlink()
+    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, "--resume_checkpoint", "auto")
+    assert (tmp_path / "model000003.pt").exists()
+
+
+def test_sigterm_saves_and_leaves_with_75(folder, tmp_path):
+    words = [*TINY.split(), "--data_dir", str(folder), "--log_dir", str(tmp_path), "--batch_size", "2"]
+    command = [sys.executable, str(ROOT / "scripts/image_train_vae.py"), *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "state000000.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert "stopped: SIGTERM; saved step" in process.stderr.read()
+    assert len(list(tmp_path.glob("state*.pt"))) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (["--seed", 1], 2, ["--seed is 1", "trained with 0"]),
+        (["--batch_size", 5], 2, ["--batch_size 5", "had 2"]),
+        (["--num_channels", 64], 2, ["another shape"]),
+        (["--learn_sigma", True], 2, ["another shape"]),
+    ],
+)
+def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path_factory, flags, code, words):
+    log_dir = tmp_path_factory.getbasetemp() / "resume"
+    if not log_dir.exists():
+        train(folder, log_dir, "--batch_size", 2, "--max_steps", 1)
+    done = train(
+        folder, log_dir, "--batch_size", 2, "--max_steps", 3, "--resume_checkpoint", "auto", *flags, check=False
+    )
+    assert done.returncode == code
+    assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, monkeypatch):
+    """The save fails with one clear error, and what was complete is still found and verified."""
+    from guided_diffusion_vae import run_state
+
+    files = {"model000001.pt": {"w": th.zeros(3)}}
+    run_state.write_checkpoint(tmp_path, 1, files, {"next_step": 2})
+    real = copy.copy(checkpoint.save)
+
+    def full(obj, path):
+        if "opt" in str(path):
+            raise checkpoint.SaveError("the disk is full")
+        real(obj, path)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(checkpoint.SaveError):
+        run_state.write_checkpoint(
+            tmp_path, 2, {"model000002.pt": {"w": th.ones(3)}, "opt000002.pt": {}}, {"next_step": 3}
+        )
+    assert run_state.newest_checkpoint(tmp_path) == (str(tmp_path / "model000001.pt"), [])
+    assert not (tmp_path / "model000002.pt").exists()
