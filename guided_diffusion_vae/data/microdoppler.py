@@ -1,0 +1,310 @@
+"""A radar looks at a walking person: the built-in data set of micro-Doppler spectrograms.
+
+The body is sixteen ellipsoids between the joints of `gait.walk`, each carrying a few scatterers. The received baseband
+is their sum, and the picture its short-time spectrum along the radial velocity v = f lambda / 2, approach positive:
+
+    s(t) = sum_k g_k sqrt(sigma_k(t)) / R_k(t)^2 exp(-4 pi j R_k(t) / lambda) + clutter + noise
+
+A person is drawn from (seed, user), a session from (seed, user, session) and a walk from (seed, user, session, index),
+so a data set is the same however many processes make it. Sources: Chen, The Micro-Doppler Effect in Radar (2011);
+Boulic et al. (1990). Gains, clutter and noise follow measured 77 GHz spectrograms.
+"""
+
+import csv
+import io
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoint import atomic_write
+from ..config import UserError
+from .gait import Walker, walk
+from .spectrogram import colour_table, colours_from_unit, db_re_peak, unit_from_db
+
+SPEED_OF_LIGHT = 299_792_458.0
+WINDOW_S = {77.0: 0.10, 24.0: 0.14, 5.8: 0.20}  # length of the Gaussian window: a leg's swing lasts 0.4 s
+VELOCITY_MPS = (-3.25, 6.5)  # what the rows span, bottom to top
+RADAR_HEIGHT_M = 1.0
+OVERSAMPLING = 2  # spectra per pixel in both directions, averaged
+SESSIONS = {"train": (0, 1), "val": (2,), "test": (3,)}
+
+# joint, joint, semi-axis [m], gain [dB], scatterers. Feet are weak (the model lifts them too fast), the torso strong:
+# measured leg peaks lie 24 to 30 dB below the torso line.
+BODY = [("neck", "head", 0.10, 0.0, 2), ("base", "neck", 0.15, 8.0, 5)]
+for _side in ("right", "left"):
+    BODY += [
+        ("neck", f"{_side}_shoulder", 0.06, -2.0, 2),
+        (f"{_side}_shoulder", f"{_side}_elbow", 0.06, -7.0, 3),
+        (f"{_side}_elbow", f"{_side}_hand", 0.05, -7.0, 3),
+        ("base", f"{_side}_hip", 0.07, 0.0, 2),
+        (f"{_side}_hip", f"{_side}_knee", 0.07, -4.0, 4),
+        (f"{_side}_knee", f"{_side}_ankle", 0.06, -5.0, 5),
+        (f"{_side}_ankle", f"{_side}_toe", 0.05, -10.0, 3),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig:
+    """A simulated data set."""
+
+    out_dir: str = ""  # where train/, val/, test/ and manifest.csv go
+    num_users: int = 31  # persons
+    train_images: int = 24  # images per person in train/, from two sessions
+    val_images: int = 4  # images per person in val/, from a third session
+    test_images: int = 6  # images per person in test/, from a fourth session
+    image_size: int = 64  # side of the pictures in pixels
+    carrier_ghz: float = 24.0  # radar: 77, 24 or 5.8
+    duration_s: float = 3.0  # time that a picture spans
+    clip_db: float = 45.0  # dynamic range of the colours below the peak
+    colormap: str = "jet"  # jet, viridis or grey
+    seed: int = 0  # other seeds are other persons
+    workers: int = 0  # processes; 0 = one a core
+
+    def __post_init__(self):
+        for name in ("num_users", "image_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("train_images", "val_images", "test_images", "workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.carrier_ghz not in WINDOW_S:
+            raise UserError(f"--carrier_ghz is {self.carrier_ghz:g}; it must be one of 77, 24, 5.8")
+        if self.duration_s < 0.5 or self.clip_db <= 0:
+            raise UserError("--duration_s must be at least 0.5 and --clip_db above 0")
+        colour_table(self.colormap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One walk in front of the radar."""
+
+    walker: Walker
+    gains: tuple[float, ...]  # amplitude of each segment: build, clothes
+    phase: float = 0.0  # of the right leg when the picture starts, in cycles
+    range_m: float = 9.0
+    heading_deg: float = 0.0  # 0: straight at the radar
+    snr_db: float = 20.0
+    clutter_db: float = 0.0  # residual static clutter, re signal
+    stride_jitter: float = 0.015  # spread of the time of a cycle
+
+
+def stream(*numbers) -> np.random.Generator:
+    """The generator of a thing that these integers name."""
+    return np.random.default_rng(list(numbers))
+
+
+def draw_person(seed: int, user: int) -> tuple[Walker, np.ndarray]:
+    """Who user number `user` is: a gait, and a gain for each segment."""
+    rng = stream(seed, user)
+    walker = Walker(
+        height_m=float(np.clip(rng.normal(1.72, 0.085), 1.50, 1.95)),
+        relative_speed=float(np.clip(rng.normal(1.45, 0.17), 1.0, 1.95)),
+        cadence_factor=float(rng.normal(1, 0.04)),
+        arm_swing=float(rng.uniform(0.4, 1.6)),
+        hip_asymmetry=float(rng.normal(0, 0.05)),
+        knee_factor=float(rng.normal(1, 0.06)),
+        sway=float(rng.uniform(0.6, 1.5)),
+    )
+    return walker, np.exp(rng.normal(0, 0.25, len(BODY)))
+
+
+def draw_scene(seed: int, user: int, session: int, index: int) -> Scene:
+    """One walk of a person: what the session changes (shoes, mood, coat), and what every walk does."""
+    walker, gains = draw_person(seed, user)
+    day = stream(seed, user, 1, session)
+    walker = replace(
+        walker,
+        relative_speed=walker.relative_speed * day.normal(1, 0.06),
+        arm_swing=max(0.0, walker.arm_swing + day.normal(0, 0.25)),
+        cadence_factor=walker.cadence_factor * day.normal(1, 0.015),
+    )
+    gains = gains * np.exp(day.normal(0, 0.25, len(BODY)))
+    rng = stream(seed, user, 2, session, index)
+    walker = replace(
+        walker,
+        relative_speed=float(np.clip(walker.relative_speed * rng.normal(1, 0.03), 0.6, 2.6)),
+        arm_swing=float(walker.arm_swing * rng.normal(1, 0.08)),
+    )
+    return Scene(
+        walker=walker,
+        gains=tuple(gains * np.exp(rng.normal(0, 0.08, len(BODY)))),
+        phase=float(rng.uniform()),
+        range_m=float(rng.uniform(7, 11)),
+        heading_deg=float(rng.uniform(-10, 10)),
+        snr_db=float(rng.uniform(20, 32)),
+        clutter_db=float(rng.uniform(-16, -4)),
+    )
+
+
+def echo(scene: Scene, rng, *, carrier_ghz: float, duration_s: float, prf_hz: float) -> np.ndarray:
+    """The received baseband without noise: complex64 (duration * prf,).
+
+    Args:
+        rng: for what the scene leaves open: scatterers along the segments, the timing of strides.
+    """
+    time_s = np.arange(round(duration_s * prf_hz)) / prf_hz
+    walking = walk(scene.walker, time_s, scene.phase + strides(scene, rng, time_s))
+    joints = {name: seen_from_radar(points, scene) for name, points in walking.items()}
+    cycles_per_m = 2 * carrier_ghz * 1e9 / SPEED_OF_LIGHT
+    total = np.zeros((2, len(time_s)), dtype=np.float32)
+    for (start, end, axis, gain_db, count), gain in zip(BODY, scene.gains, strict=True):
+        along = joints[end] - joints[start]
+        places = (np.arange(count) + rng.uniform(0, 1, count)) / count
+        strengths = rng.rayleigh(1.0, count) * gain * 10 ** (gain_db / 20) / np.sqrt(2 * count)
+        for place, strength in zip(places, strengths, strict=True):
+            sight = joints[start] + place * along
+            distance = np.sqrt(np.einsum("ti,ti->t", sight, sight))
+            amplitude = (strength * np.sqrt(cross_section(along, sight, axis)) / distance**2).astype(np.float32)
+            cycles = cycles_per_m * distance
+            angle = (2 * np.pi * (cycles - np.rint(cycles))).astype(np.float32)  # whole cycles go before the precision
+            total[0] += amplitude * np.cos(angle)
+            total[1] -= amplitude * np.sin(angle)
+    return total[0] + 1j * total[1]
+
+
+def seen_from_radar(points, scene: Scene) -> np.ndarray:
+    """Points (T, 3) of a walk along +x, from the radar: it starts `range_m` away and heads for it, or a little past."""
+    heading = np.pi - np.radians(scene.heading_deg)
+    turned = np.array([[np.cos(heading), -np.sin(heading), 0], [np.sin(heading), np.cos(heading), 0], [0, 0, 1]])
+    return points @ turned.T + np.array([scene.range_m, 0, -RADAR_HEIGHT_M])
+
+
+def strides(scene: Scene, rng, time_s) -> np.ndarray:
+    """Cycles done at each time: every cycle takes its own, slightly different time."""
+    cycle = scene.walker.cycle_s
+    count = int(time_s[-1] / cycle) + 3
+    times = np.concatenate([[0], np.cumsum(cycle * rng.normal(1, scene.stride_jitter, count))])
+    return np.interp(time_s, times, np.arange(count + 1))
+
+
+def cross_section(along, sight, axis) -> np.ndarray:
+    """Radar cross-section (T,) in m^2 of an ellipsoid of revolution with long axis `along` seen along `sight`.
+
+    pi a^4 c^2 / (a^2 sin^2 + c^2 cos^2)^2, c half the length, the angle between axis and line of sight (Chen 2011).
+    """
+    length2 = np.einsum("ti,ti->t", along, along)
+    cos2 = np.einsum("ti,ti->t", along, sight) ** 2 / np.maximum(length2 * np.einsum("ti,ti->t", sight, sight), 1e-12)
+    a2, c2 = axis**2, length2 / 4
+    return np.pi * a2**2 * c2 / (a2 * (1 - cos2) + c2 * cos2) ** 2
+
+
+def prf_for(carrier_ghz: float) -> float:
+    """Pulses per second at which the whole velocity axis is free of aliases, with a margin."""
+    return 2.2 * max(map(abs, VELOCITY_MPS)) * doppler_hz(1.0, carrier_ghz)
+
+
+def doppler_hz(velocity_mps, carrier_ghz):
+    """f = 2 v / lambda."""
+    return 2 * velocity_mps * carrier_ghz * 1e9 / SPEED_OF_LIGHT
+
+
+@lru_cache(maxsize=8)
+def analysis(carrier_ghz: float, prf_hz: float, rows: int) -> np.ndarray:
+    """The matrix (rows, window) that takes a stretch of baseband to its spectrum at the rows' velocities."""
+    n = round(2 * WINDOW_S[carrier_ghz] * prf_hz)
+    time_s = (np.arange(n) - (n - 1) / 2) / prf_hz
+    window = np.exp(-0.5 * (time_s / (WINDOW_S[carrier_ghz] / 2.5)) ** 2)
+    low, high = VELOCITY_MPS
+    velocity = high - (np.arange(rows) + 0.5) * (high - low) / rows
+    waves = np.exp(-2j * np.pi * doppler_hz(velocity, carrier_ghz)[:, None] * time_s)
+    return (waves * (window / np.linalg.norm(window))).astype(np.complex64)
+
+
+def spectrum(baseband, *, carrier_ghz: float, prf_hz: float, size: int) -> np.ndarray:
+    """Power (size, size) over velocity (top: fastest approach) and time; averaged over OVERSAMPLING^2 spectra a pixel."""
+    matrix = analysis(carrier_ghz, prf_hz, size * OVERSAMPLING)
+    n = matrix.shape[1]
+    starts = np.linspace(0, len(baseband) - n, size * OVERSAMPLING).round().astype(int)
+    frames = np.lib.stride_tricks.sliding_window_view(baseband, n)[starts]
+    power = np.abs(matrix @ frames.T) ** 2
+    return power.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
+
+
+def spectrogram_db(scene: Scene, rng, *, carrier_ghz=24.0, duration_s=3.0, size=64) -> np.ndarray:
+    """One picture in decibels re its peak: (size, size)."""
+    prf = prf_for(carrier_ghz)
+    signal = echo(scene, rng, carrier_ghz=carrier_ghz, duration_s=duration_s + 2 * WINDOW_S[carrier_ghz], prf_hz=prf)
+    level = np.sqrt(np.mean(np.abs(signal) ** 2))
+    wander = np.cumsum(rng.normal(0, 0.3 / np.sqrt(prf), len(signal)))
+    clutter = level * 10 ** (scene.clutter_db / 20) * np.exp(1j * (wander + rng.uniform(0, 2 * np.pi)))
+    noise = rng.normal(size=(2, len(signal))) * level * 10 ** (-scene.snr_db / 20) / np.sqrt(2)
+    received = (signal + clutter + noise[0] + 1j * noise[1]).astype(np.complex64)
+    power = spectrum(received, carrier_ghz=carrier_ghz, prf_hz=prf, size=size)
+    return db_re_peak(power * moving_target_filter(size)[:, None])
+
+
+def moving_target_filter(rows: int) -> np.ndarray:
+    """Power gain (rows,) of the filter that removes what does not move: a notch 0.12 m/s wide, 30 dB deep."""
+    low, high = VELOCITY_MPS
+    velocity = high - (np.arange(rows * 16) + 0.5) * (high - low) / (rows * 16)
+    gain = 1 - (1 - 10**-1.5) * np.exp(-0.5 * (velocity / 0.12) ** 2)
+    return (gain**2).reshape(rows, 16).mean(axis=1)
+
+
+# ---- a data set ------------------------------------------------------------------------------------------------------
+
+
+def render(config: SimulationConfig, user: int, session: int, index: int) -> tuple[np.ndarray, Scene]:
+    """The picture (size, size, 3) uint8 with this name, and its scene."""
+    scene = draw_scene(config.seed, user, session, index)
+    rng = stream(config.seed, user, 3, session, index)
+    size, carrier = config.image_size, config.carrier_ghz
+    db = spectrogram_db(scene, rng, carrier_ghz=carrier, duration_s=config.duration_s, size=size)
+    return colours_from_unit(unit_from_db(db, -config.clip_db, 0.0), config.colormap), scene
+
+
+def plan(config: SimulationConfig) -> list[tuple[str, int, int, int]]:
+    """(split, user, session, index) of every picture; the sessions of a split take turns."""
+    counts = {"train": config.train_images, "val": config.val_images, "test": config.test_images}
+    return [
+        (split, user, SESSIONS[split][i % len(SESSIONS[split])], i)
+        for split, count in counts.items()
+        for user in range(config.num_users)
+        for i in range(count)
+    ]
+
+
+def simulate_dataset(config: SimulationConfig) -> Path:
+    """Write `train|val|test/user_XX/user_XX_sSS_NNNN.png` and, last, `manifest.csv` with the ground truth.
+
+    Pictures that are there already are not made again, so an interrupted run goes on.
+    """
+    jobs = plan(config)
+    root = Path(config.out_dir)
+    workers = config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        made = pool.map(_make, [config] * len(jobs), jobs, chunksize=16)
+        rows = list(tqdm(made, total=len(jobs), desc="simulating", unit="image"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["file"])
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(root / "manifest.csv") as handle:
+        handle.write(text.getvalue().encode())
+    return root
+
+
+def _make(config: SimulationConfig, job) -> dict:
+    split, user, session, index = job
+    name = f"user_{user:02d}"
+    file = Path(split) / name / f"{name}_s{session:02d}_{index:04d}.png"
+    path = Path(config.out_dir) / file
+    scene = draw_scene(config.seed, user, session, index)
+    if not path.exists():
+        pixels, scene = render(config, user, session, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as handle:
+            Image.fromarray(pixels).save(handle, format="PNG")
+    walker = scene.walker
+    truth = {"file": file.as_posix(), "split": split, "user": user, "session": session, "index": index}
+    truth |= {"seed": config.seed, "carrier_ghz": config.carrier_ghz, "speed_mps": walker.speed_mps}
+    truth |= {"cadence_hz": 2 / walker.cycle_s, **asdict(walker)}
+    truth |= {key: getattr(scene, key) for key in ("range_m", "heading_deg", "snr_db", "phase")}
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in truth.items()}
