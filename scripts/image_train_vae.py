@@ -9,6 +9,8 @@ progress.csv), a run.yaml, and sample grids into --log_dir. `--resume_checkpoint
 import os
 from dataclasses import asdict, dataclass
 
+import torch as th
+
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae
@@ -60,6 +62,7 @@ def main(argv=None):
     )
 
     logger.log("creating model and diffusion...")
+    th.manual_seed(run.seed)
     model, diffusion = create_model_and_diffusion_vae(
         vae, num_classes=len(data.class_names), **args_to_dict(run, model_and_diffusion_defaults())
     )

@@ -22,7 +22,8 @@ def main(argv=None):
         raise UserError("--out_dir is empty; say where the data set goes")
     start = time.perf_counter()
     root = simulate_dataset(config)
-    print(f"{len(plan(config))} spectrograms of {config.num_users} persons in {root} ({time.perf_counter() - start:.1f} s)")
+    seconds = time.perf_counter() - start
+    print(f"{len(plan(config))} spectrograms of {config.num_users} persons in {root} ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":

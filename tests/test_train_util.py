@@ -124,8 +124,9 @@ def assert_same(a, b, atol=0.0):
 
 
 def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
-    train(folder, tmp_path / "one", "--batch_size", 6, "--max_steps", 10, "--save_interval", 100)
-    train(folder, tmp_path / "two", "--batch_size", 3, "--max_steps", 10, "--save_interval", 100, ranks=2)
+    flags = ["--max_steps", 10, "--save_interval", 100, "--lr", 1e-4]
+    train(folder, tmp_path / "one", "--batch_size", 6, *flags)
+    train(folder, tmp_path / "two", "--batch_size", 3, *flags, ranks=2)
     for name in ("model000010.pt", "ema_0.9_000010.pt", "ema_0.99_000010.pt"):
         assert_same(weights(tmp_path / "one", name), weights(tmp_path / "two", name), atol=1e-6)
 
@@ -187,8 +188,8 @@ def test_a_stop_file_saves_and_leaves_with_75(folder, tmp_path):
     done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 50, check=False)
     assert done.returncode == 75 and "stopped: the file STOP" in done.stderr, done.stderr
     (tmp_path / "STOP").unlink()
-    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, "--resume_checkpoint", "auto")
-    assert (tmp_path / "model000003.pt").exists()
+    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 7, "--resume_checkpoint", "auto")
+    assert (tmp_path / "model000005.pt").exists() and (tmp_path / "model000007.pt").exists()
 
 
 def test_sigterm_saves_and_leaves_with_75(folder, tmp_path):

@@ -5,7 +5,7 @@ are functions of the phase q in [0, 1) of the right leg's cycle; a left limb doe
 
     cycle length = 1.346 sqrt(RV) hip heights,      cycle time = cycle length / RV
 
-Mended against Chen's published code (see facts in its successors): the elbow is continuous at RV = 1.3, the forward
+Mended against Chen's published code: the elbow is continuous at RV = 1.3, the forward
 motion is in metres, toes do not dip through the floor, and the foot on the ground stands still.
 """
 
@@ -127,17 +127,18 @@ def plant_foot(joints, q, walker, time_s) -> None:
     stance = stance**2 * (3 - 2 * stance)
     dt = time_s[1] - time_s[0]
     velocity = np.gradient(joints["ankle"][:, 0], dt)
-    table, cycle = _cycle_mean(velocity * stance, 1 - stance, q)
-    corrected = velocity * (1 - stance) + (1 - stance) * table / cycle
+    slid, swing = _cycle_means(velocity * stance, 1 - stance, q)
+    corrected = (velocity + slid / swing) * (1 - stance)
     shift = np.concatenate([[0], np.cumsum((corrected - velocity)[:-1]) * dt])
     for name in ("ankle", "toe"):
         joints[name][:, 0] += shift
         joints[name][:, 2] = np.maximum(joints[name][:, 2], 0.0)
 
 
-def _cycle_mean(a, b, q):
+def _cycle_means(a, b, q):
     """Means of two functions of the phase over whole cycles: samples are weighted alike, for q is nearly uniform."""
-    whole = slice(0, max(1, np.flatnonzero(np.diff(q) < 0)[-1])) if (np.diff(q) < 0).any() else slice(None)
+    wraps = np.flatnonzero(np.diff(q) < 0)
+    whole = slice(wraps[0], wraps[-1]) if len(wraps) > 1 else slice(None)
     return a[whole].mean(), b[whole].mean()
 
 

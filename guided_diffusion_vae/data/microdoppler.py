@@ -218,7 +218,7 @@ def analysis(carrier_ghz: float, prf_hz: float, rows: int) -> np.ndarray:
 
 
 def spectrum(baseband, *, carrier_ghz: float, prf_hz: float, size: int) -> np.ndarray:
-    """Power (size, size) over velocity (top: fastest approach) and time; averaged over OVERSAMPLING^2 spectra a pixel."""
+    """Power (size, size) over velocity (top: fastest approach) and time; OVERSAMPLING^2 spectra a pixel."""
     matrix = analysis(carrier_ghz, prf_hz, size * OVERSAMPLING)
     n = matrix.shape[1]
     starts = np.linspace(0, len(baseband) - n, size * OVERSAMPLING).round().astype(int)

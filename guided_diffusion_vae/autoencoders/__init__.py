@@ -1,0 +1,1 @@
+"""Autoencoders: images x to latents z and back."""

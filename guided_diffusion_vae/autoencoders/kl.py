@@ -1,0 +1,312 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022), which Stable Diffusion and VA-VAE share.
+
+An encoder halves an image L - 1 times and ends in mean and log-variance of z; a decoder mirrors it. Configuration names
+and state_dict keys are those of LDM's `ddconfig`, so LDM and VA-VAE checkpoints load strictly; diffusers' layout of the
+same network is mapped key by key.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..config import UserError
+from .base import Posterior
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """`ddconfig` and `embed_dim`, and two settings for small networks."""
+
+    ch: int = 128  # base width
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level, relative to it
+    num_res_blocks: int = 2  # residual blocks a level of the encoder; the decoder has one more
+    attn_resolutions: tuple[int, ...] = ()  # nominal sizes at which it attends
+    resolution: int = 256  # the nominal size of level 0; level i has resolution / 2^i
+    in_channels: int = 3
+    out_ch: int = 3
+    z_channels: int = 4
+    embed_dim: int = 4
+    dropout: float = 0.0
+    mid_attn: bool = True  # attend in the middle
+    norm_groups: int = 32
+    quant_convs: bool = True  # 1x1 convolutions around z; LDM always has them
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def attends(self, level: int) -> bool:
+        return self.resolution // 2**level in self.attn_resolutions
+
+
+def norm(channels: int, config: KLConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, c_in: int, c_out: int, config: KLConfig):
+        super().__init__()
+        self.norm1 = norm(c_in, config)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions, with a residual."""
+
+    def __init__(self, channels: int, config: KLConfig):
+        super().__init__()
+        self.norm = norm(channels, config)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).view(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the size: padded right and below only, then a strided 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size (nearest), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; `downsample` or `upsample` is added by its owner."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, attends: bool, config: KLConfig):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, config) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(blocks if attends else 0))
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, config: KLConfig):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, config)
+        self.attn_1 = AttnBlock(channels, config) if config.mid_attn else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, config)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image -> 2 z_channels."""
+
+    def __init__(self, config: KLConfig):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+            level = Level(c_in, c_out, config.num_res_blocks, config.attends(i), config)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(c_out)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], config)
+        self.norm_out = norm(widths[-1], config)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            h = level.downsample(h) if hasattr(level, "downsample") else h
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """z_channels -> image; `up.i` is the level of size i, so the last in the list runs first."""
+
+    def __init__(self, config: KLConfig):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config)
+        self.up = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            level = Level(c_in, c_out, config.num_res_blocks + 1, config.attends(i), config)
+            if i > 0:
+                level.upsample = Upsample(c_out)
+            self.up.append(level)
+        self.norm_out = norm(widths[0], config)
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            h = level.upsample(h) if hasattr(level, "upsample") else h
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class KLAutoencoder(nn.Module):
+    """x (N, 3, H, W) in [-1, 1] <-> z (N, embed_dim, H / f, W / f), not scaled."""
+
+    def __init__(self, config: KLConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        if config.quant_convs:
+            self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+            self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        else:
+            self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+
+    def encode(self, x: th.Tensor) -> Posterior:
+        """The posterior of z given x."""
+        return Posterior(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: th.Tensor) -> th.Tensor:
+        """The image of z; not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def config_dict(self) -> dict:
+        """The configuration as plain values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()}
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def diffusers_key(key: str, levels: int) -> str:
+    """The name in diffusers' AutoencoderKL of a tensor with this LDM name."""
+    key = re.sub(r"^(encoder|decoder)\.norm_out", r"\1.conv_norm_out", key)
+    key = re.sub(r"\.mid\.block_([12])", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", key)
+    key = re.sub(r"\.mid\.attn_1", ".mid_block.attentions.0", key)
+    key = re.sub(r"^encoder\.down\.(\d+)", r"encoder.down_blocks.\1", key)
+    key = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", key)
+    key = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", key)
+    key = re.sub(r"(_blocks\.\d+)\.attn\.", r"\1.attentions.", key)
+    key = key.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
+    key = key.replace("nin_shortcut", "conv_shortcut")
+    return re.sub(r"(attentions\.\d+)\.(norm|q|k|v|proj_out)\.", lambda m: f"{m[1]}.{ATTENTION[m[2]]}.", key)
+
+
+def is_diffusers(state_dict) -> bool:
+    """Whether the keys are diffusers'."""
+    return any(key.startswith("encoder.down_blocks.") for key in state_dict)
+
+
+def to_ldm(state_dict: dict[str, th.Tensor], model: KLAutoencoder) -> dict[str, th.Tensor]:
+    """A diffusers state_dict under LDM's keys and shapes (attention: linear layers become 1x1 convolutions)."""
+    levels = len(model.config.ch_mult)
+    found = {}
+    for key, wanted in model.state_dict().items():
+        value = state_dict.get(diffusers_key(key, levels))
+        if value is not None:
+            found[key] = value.reshape(wanted.shape) if value.numel() == wanted.numel() else value
+    used = {diffusers_key(key, levels) for key in found}
+    return found | {key: value for key, value in state_dict.items() if key not in used}
+
+
+def to_diffusers(model: KLAutoencoder) -> dict[str, th.Tensor]:
+    """The weights under diffusers' keys and shapes."""
+    levels, found = len(model.config.ch_mult), {}
+    for key, value in model.state_dict().items():
+        name = diffusers_key(key, levels)
+        linear = re.search(r"attentions\.\d+\.to_", name) and value.ndim == 4
+        found[name] = value[:, :, 0, 0] if linear else value
+    return found
+
+
+def infer_config(state_dict: dict[str, th.Tensor], **known) -> KLConfig:
+    """Read the configuration off keys and shapes, of either layout.
+
+    Args:
+        known: what shapes cannot show: `norm_groups`, `dropout`.
+    Raises:
+        UserError: these are not the keys of a KL autoencoder.
+    """
+    down, res, attn = (
+        ("down_blocks", "resnets", "attentions") if is_diffusers(state_dict) else ("down", "block", "attn")
+    )
+    pattern = re.compile(rf"encoder\.{down}\.(\d+)\.{res}\.(\d+)\.conv1\.weight")
+    blocks = {(int(m[1]), int(m[2])): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
+    if not blocks or "encoder.conv_in.weight" not in state_dict or "decoder.conv_in.weight" not in state_dict:
+        raise UserError("these are not the weights of a KL autoencoder (no encoder.conv_in, encoder.down... keys)")
+    ch = state_dict["encoder.conv_in.weight"].shape[0]
+    levels = 1 + max(level for level, _ in blocks)
+    attending = [i for i in range(levels) if any(key.startswith(f"encoder.{down}.{i}.{attn}.") for key in state_dict)]
+    z = state_dict["decoder.conv_in.weight"].shape[1]
+    quant = "quant_conv.weight" in state_dict
+    return KLConfig(
+        ch=ch,
+        ch_mult=tuple(blocks[level, 0].shape[0] // ch for level in range(levels)),
+        num_res_blocks=1 + max(block for _, block in blocks),
+        attn_resolutions=tuple(256 // 2**level for level in attending),
+        in_channels=state_dict["encoder.conv_in.weight"].shape[1],
+        out_ch=state_dict["decoder.conv_out.weight"].shape[0],
+        z_channels=z,
+        embed_dim=state_dict["post_quant_conv.weight"].shape[1] if quant else z,
+        mid_attn=any("mid.attn_1" in key or "mid_block.attentions" in key for key in state_dict),
+        quant_convs=quant,
+        **known,
+    )
+
+
+def from_state_dict(state_dict: dict[str, th.Tensor], **known) -> KLAutoencoder:
+    """An autoencoder with these weights: LDM's, VA-VAE's or diffusers' keys, with LDM's prefix and losses left out.
+
+    Raises:
+        UserError: keys or shapes that do not fit; names the first few.
+    """
+    prefix = "first_stage_model."
+    if any(key.startswith(prefix) for key in state_dict):
+        state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    state_dict = {key: value.float() for key, value in state_dict.items() if key.startswith(parts)}
+    model = KLAutoencoder(infer_config(state_dict, **known))
+    if is_diffusers(state_dict):
+        state_dict = to_ldm(state_dict, model)
+    wanted = model.state_dict()
+    differ = [key for key in wanted if key not in state_dict or state_dict[key].shape != wanted[key].shape]
+    differ += [key for key in state_dict if key not in wanted]
+    if differ:
+        raise UserError(
+            f"these weights are of another autoencoder: {', '.join(differ[:3])} ({len(differ)} keys) differ"
+        )
+    model.load_state_dict(state_dict)
+    return model
