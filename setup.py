@@ -5,7 +5,7 @@ setup(
     version="0.1.0",
     description="guided-diffusion on VAE latents, for micro-Doppler spectrograms of walking people",
     license="MIT",
-    packages=find_packages(include=["guided_diffusion_vae", "guided_diffusion_vae.*"]),
+    packages=find_packages(include=["guided_diffusion_vae*", "evaluations*"]),
     package_data={"guided_diffusion_vae": ["assets/*"]},
     python_requires=">=3.11",
     install_requires=[

@@ -24,6 +24,7 @@ from .data.image_folder import list_images, read_rgb
 from .image_datasets import BatchStream, mix, slot_randn
 from .nn import update_ema
 
+WARMUP = 50  # steps until the peak learning rate
 POSTERIOR = 1  # the use number of posterior noise, see image_datasets.slot_randn
 
 
@@ -54,7 +55,7 @@ class VAETrainConfig:
     image_size: int = 64  # side of the random crops it is trained on
     batch_size: int = 16  # crops per step
     steps: int = 4000  # updates
-    lr: float = 1e-3  # peak learning rate; it rises for 200 steps and falls as a cosine
+    lr: float = 1e-3  # peak learning rate; it rises for 50 steps and falls as a cosine
     kl_weight: float = 1e-3  # of the KL term, per latent dimension
     ema_rate: float = 0.998  # of the published weights
     log_interval: int = 100  # steps between rows of the log
@@ -118,7 +119,7 @@ class VAETrainer:
 
     def learning_rate(self) -> float:
         done = self.step / self.config.steps
-        return self.config.lr * min(1.0, (self.step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-6
+        return self.config.lr * min(1.0, (self.step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-6
 
     def run(self) -> Path:
         """Train to the last step; returns the path of the finished autoencoder."""

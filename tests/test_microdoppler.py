@@ -90,7 +90,9 @@ def test_a_mover_at_constant_speed_is_a_line_at_two_v_over_lambda():
 def test_the_torso_line_stands_at_the_walking_speed():
     for rv in (1.1, 1.6):
         walker = Walker(relative_speed=rv)
-        scene = Scene(walker=walker, gains=(1.0,) * len(microdoppler.BODY), snr_db=40, clutter_db=-60)
+        _, places, strengths = microdoppler.draw_person(0, 0)
+        body = {"places": tuple(places), "strengths": tuple(strengths)}
+        scene = Scene(walker=walker, **body, snr_db=40, clutter_db=-60)
         db = microdoppler.spectrogram_db(scene, np.random.default_rng(0), size=128)
         low, high = microdoppler.VELOCITY_MPS
         speed = high - (db.argmax(axis=0) + 0.5) * (high - low) / 128

@@ -5,8 +5,8 @@ are functions of the phase q in [0, 1) of the right leg's cycle; a left limb doe
 
     cycle length = 1.346 sqrt(RV) hip heights,      cycle time = cycle length / RV
 
-Mended against Chen's published code: the elbow is continuous at RV = 1.3, the forward
-motion is in metres, toes do not dip through the floor, and the foot on the ground stands still.
+Mended against Chen's published code: the elbow is continuous at RV = 1.3, the forward motion is in metres, no foot
+dips through the floor, and a foot on the ground stands still: its heel until it lifts, its toe until it leaves.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def walk(walker: Walker, time_s: np.ndarray, phase: np.ndarray) -> dict[str, np.
         hip, knee, ankle = (np.radians(angle) for angle in leg_angles(rv, limb, walker.support))
         points = leg(hip * hip_factor, knee * walker.knee_factor, ankle, length, sign)
         leg_joints = {name: base + turn(hips, point) for name, point in points.items()}
-        plant_foot(leg_joints, limb, walker, time_s)
+        plant_foot(leg_joints, phase + shift, walker, time_s)
         shoulder, elbow = (np.radians(angle) * walker.arm_swing for angle in arm_angles(rv, limb))
         arm_joints = {name: above(*point) for name, point in arm(shoulder, elbow, length, sign).items()}
         joints |= {f"{side}_{name}": point for name, point in {**leg_joints, **arm_joints}.items()}
@@ -118,28 +118,22 @@ def hanging(angle) -> np.ndarray:
     return np.stack([np.sin(angle), 0 * angle, -np.cos(angle)], axis=-1)
 
 
-def plant_foot(joints, q, walker, time_s) -> None:
+def plant_foot(joints, phase, walker, time_s) -> None:
     """Let the foot on the ground stand still, and no foot pass through the floor; in place.
 
-    What the planted foot would slide is taken out of its stance and given back, evenly, to its swing.
+    What a planted ankle or toe would slide is taken out of its stance and given back, evenly, to its swing. The ankle
+    lifts before the toe: between the two the foot rolls over the toe, which would else run backwards at 1 m/s.
     """
-    stance = np.clip(np.minimum(q - 0.04, walker.support - 0.06 - q) / 0.06, 0, 1)
-    stance = stance**2 * (3 - 2 * stance)
-    dt = time_s[1] - time_s[0]
-    velocity = np.gradient(joints["ankle"][:, 0], dt)
-    slid, swing = _cycle_means(velocity * stance, 1 - stance, q)
-    corrected = (velocity + slid / swing) * (1 - stance)
-    shift = np.concatenate([[0], np.cumsum((corrected - velocity)[:-1]) * dt])
-    for name in ("ankle", "toe"):
-        joints[name][:, 0] += shift
+    q, dt = phase % 1.0, time_s[1] - time_s[0]
+    whole = slice(np.searchsorted(phase, phase[0] + max(1.0, np.floor(phase[-1] - phase[0]))))  # entire cycles
+    for name, lift in (("ankle", walker.support - 0.06), ("toe", walker.support + 0.02)):
+        stance = np.clip(np.minimum(q - 0.04, lift - q) / 0.06, 0, 1)
+        stance = stance**2 * (3 - 2 * stance)
+        velocity = np.gradient(joints[name][:, 0], dt)
+        slid = (velocity * stance)[whole].mean() / (1 - stance)[whole].mean()
+        planted = (velocity + slid) * (1 - stance)
+        joints[name][:, 0] += np.concatenate([[0], np.cumsum((planted - velocity)[:-1]) * dt])
         joints[name][:, 2] = np.maximum(joints[name][:, 2], 0.0)
-
-
-def _cycle_means(a, b, q):
-    """Means of two functions of the phase over whole cycles: samples are weighted alike, for q is nearly uniform."""
-    wraps = np.flatnonzero(np.diff(q) < 0)
-    whole = slice(wraps[0], wraps[-1]) if len(wraps) > 1 else slice(None)
-    return a[whole].mean(), b[whole].mean()
 
 
 def turn(matrices, vectors) -> np.ndarray:
@@ -241,8 +235,10 @@ def arm_angles(rv, q):
 
 
 def periodic(knots, values, q) -> np.ndarray:
-    """A monotone cubic through control points, repeated every cycle."""
-    knots, values = np.asarray(knots, dtype=float), np.asarray(values, dtype=float)
-    whole = np.concatenate([knots - 1, knots, knots + 1])
+    """A monotone cubic through control points, repeated every cycle.
+
+    Five cycles are laid out: the slope at a knot depends on its neighbours, and only the outermost feel the ends.
+    """
+    whole = np.concatenate([np.asarray(knots, dtype=float) + cycle for cycle in range(-2, 3)])
     order = np.argsort(whole)
-    return PchipInterpolator(whole[order], np.tile(values, 3)[order])(q)
+    return PchipInterpolator(whole[order], np.tile(np.asarray(values, dtype=float), 5)[order])(q)

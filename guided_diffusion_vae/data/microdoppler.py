@@ -12,6 +12,7 @@ Boulic et al. (1990). Gains, clutter and noise follow measured 77 GHz spectrogra
 
 import csv
 import io
+import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -86,7 +87,8 @@ class Scene:
     """One walk in front of the radar."""
 
     walker: Walker
-    gains: tuple[float, ...]  # amplitude of each segment: build, clothes
+    places: tuple[float, ...]  # of the scatterers along their segments, in [0, 1]
+    strengths: tuple[float, ...]  # amplitude of each scatterer: build, clothes
     phase: float = 0.0  # of the right leg when the picture starts, in cycles
     range_m: float = 9.0
     heading_deg: float = 0.0  # 0: straight at the radar
@@ -100,8 +102,13 @@ def stream(*numbers) -> np.random.Generator:
     return np.random.default_rng(list(numbers))
 
 
-def draw_person(seed: int, user: int) -> tuple[Walker, np.ndarray]:
-    """Who user number `user` is: a gait, and a gain for each segment."""
+def spread(gains) -> np.ndarray:
+    """A value for each segment, repeated for each of its scatterers."""
+    return np.repeat(gains, [count for *_, count in BODY])
+
+
+def draw_person(seed: int, user: int) -> tuple[Walker, np.ndarray, np.ndarray]:
+    """Who user number `user` is: a gait, and where and how strongly the body scatters."""
     rng = stream(seed, user)
     walker = Walker(
         height_m=float(np.clip(rng.normal(1.72, 0.085), 1.50, 1.95)),
@@ -112,12 +119,17 @@ def draw_person(seed: int, user: int) -> tuple[Walker, np.ndarray]:
         knee_factor=float(rng.normal(1, 0.06)),
         sway=float(rng.uniform(0.6, 1.5)),
     )
-    return walker, np.exp(rng.normal(0, 0.25, len(BODY)))
+    gains = np.exp(rng.normal(0, 0.25, len(BODY)))
+    counts = np.array([count for *_, count in BODY])
+    order = np.concatenate([np.arange(count) for count in counts])
+    places = (order + rng.uniform(0, 1, len(order))) / spread(counts)
+    strengths = rng.rayleigh(np.sqrt(0.5), len(order)) / np.sqrt(spread(counts))
+    return walker, places, strengths * spread(gains)
 
 
 def draw_scene(seed: int, user: int, session: int, index: int) -> Scene:
     """One walk of a person: what the session changes (shoes, mood, coat), and what every walk does."""
-    walker, gains = draw_person(seed, user)
+    walker, places, strengths = draw_person(seed, user)
     day = stream(seed, user, 1, session)
     walker = replace(
         walker,
@@ -125,16 +137,18 @@ def draw_scene(seed: int, user: int, session: int, index: int) -> Scene:
         arm_swing=max(0.0, walker.arm_swing + day.normal(0, 0.25)),
         cadence_factor=walker.cadence_factor * day.normal(1, 0.015),
     )
-    gains = gains * np.exp(day.normal(0, 0.25, len(BODY)))
+    gains = np.exp(day.normal(0, 0.25, len(BODY)))
     rng = stream(seed, user, 2, session, index)
     walker = replace(
         walker,
         relative_speed=float(np.clip(walker.relative_speed * rng.normal(1, 0.03), 0.6, 2.6)),
         arm_swing=float(walker.arm_swing * rng.normal(1, 0.08)),
     )
+    gains = gains * np.exp(rng.normal(0, 0.08, len(BODY)))
     return Scene(
         walker=walker,
-        gains=tuple(gains * np.exp(rng.normal(0, 0.08, len(BODY)))),
+        places=tuple(places),
+        strengths=tuple(strengths * spread(gains)),
         phase=float(rng.uniform()),
         range_m=float(rng.uniform(7, 11)),
         heading_deg=float(rng.uniform(-10, 10)),
@@ -147,21 +161,22 @@ def echo(scene: Scene, rng, *, carrier_ghz: float, duration_s: float, prf_hz: fl
     """The received baseband without noise: complex64 (duration * prf,).
 
     Args:
-        rng: for what the scene leaves open: scatterers along the segments, the timing of strides.
+        rng: for the timing of strides.
     """
     time_s = np.arange(round(duration_s * prf_hz)) / prf_hz
     walking = walk(scene.walker, time_s, scene.phase + strides(scene, rng, time_s))
     joints = {name: seen_from_radar(points, scene) for name, points in walking.items()}
     cycles_per_m = 2 * carrier_ghz * 1e9 / SPEED_OF_LIGHT
     total = np.zeros((2, len(time_s)), dtype=np.float32)
-    for (start, end, axis, gain_db, count), gain in zip(BODY, scene.gains, strict=True):
+    scatterers = iter(zip(scene.places, scene.strengths, strict=True))
+    for start, end, axis, gain_db, count in BODY:
         along = joints[end] - joints[start]
-        places = (np.arange(count) + rng.uniform(0, 1, count)) / count
-        strengths = rng.rayleigh(1.0, count) * gain * 10 ** (gain_db / 20) / np.sqrt(2 * count)
-        for place, strength in zip(places, strengths, strict=True):
+        for place, strength in itertools.islice(scatterers, count):
             sight = joints[start] + place * along
             distance = np.sqrt(np.einsum("ti,ti->t", sight, sight))
-            amplitude = (strength * np.sqrt(cross_section(along, sight, axis)) / distance**2).astype(np.float32)
+            amplitude = (
+                10 ** (gain_db / 20) * strength * np.sqrt(cross_section(along, sight, axis)) / distance**2
+            ).astype(np.float32)
             cycles = cycles_per_m * distance
             angle = (2 * np.pi * (cycles - np.rint(cycles))).astype(np.float32)  # whole cycles go before the precision
             total[0] += amplitude * np.cos(angle)
