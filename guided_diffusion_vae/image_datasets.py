@@ -95,9 +95,8 @@ class BatchStream(Iterator):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seek(0)
 
-    def positions(self) -> Iterator[list[int]]:
-        """The stream positions of this process's batches, from the current step on."""
-        step = self.step
+    def positions(self, step: int) -> Iterator[list[int]]:
+        """The stream positions of this process's batches, from a step on."""
         while True:
             first = (step * dist_util.world_size() + dist_util.rank()) * self.batch_size
             yield list(range(first, first + self.batch_size))
@@ -110,7 +109,7 @@ class BatchStream(Iterator):
 
     def __next__(self):
         if self._batches is None:
-            loader = DataLoader(self.order, batch_sampler=self.positions(), num_workers=self.num_workers)
+            loader = DataLoader(self.order, batch_sampler=self.positions(self.step), num_workers=self.num_workers)
             self._batches = iter(loader)
         self.step += 1
         return next(self._batches)

@@ -57,8 +57,8 @@ class PerImageNoise:
         self.generators = [th.Generator(device=device).manual_seed(mix(seed, number)) for number in numbers]
 
     def integers(self, high: int) -> th.Tensor:
-        draws = [th.randint(high, (), generator=g, device=self.device) for g in self.generators]
-        return th.stack(draws)
+        draws = [th.randint(high, (1,), generator=g, device=self.device) for g in self.generators]
+        return th.cat([th.zeros(0, dtype=th.long, device=self.device), *draws])
 
     def randn(self, shape) -> th.Tensor:
         return th.stack([th.randn(shape, generator=g, device=self.device) for g in self.generators])

@@ -1,0 +1,174 @@
+"""What a loop is fed: an order without memory, latents that are the same cached or not, and errors in one line."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from guided_diffusion_vae import image_datasets as data
+from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.vae_wrapper import VAEInterface
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three users with four 32 x 32 images each; image i of user u has a red level of 20 u + i."""
+    rng = np.random.RandomState(0)
+    for user in range(3):
+        (tmp_path / f"user_{user:02d}").mkdir()
+        for i in range(4):
+            pixels = rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)
+            pixels[..., 0] = 20 * user + i
+            Image.fromarray(pixels).save(tmp_path / f"user_{user:02d}" / f"{i}.png")
+    return tmp_path
+
+
+def red_levels(images):
+    return ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def load(folder, vae, **options):
+    return data.load_data_with_vae(
+        data_dir=folder, image_size=32, vae=vae, **{"batch_size": 4, "say": lambda *_: None, **options}
+    )
+
+
+def test_every_epoch_has_every_image_once_in_another_order(folder):
+    stream = data.load_data(data_dir=folder, batch_size=4, image_size=32, class_cond=True, random_flip=False, seed=3)
+    epochs = []
+    for _ in range(2):
+        levels, labels = [], []
+        for _ in range(3):
+            images, cond = next(stream)
+            levels += red_levels(images)
+            labels += cond["y"].tolist()
+        assert sorted(levels) == sorted(20 * user + i for user in range(3) for i in range(4))
+        assert [level // 20 for level in levels] == labels
+        epochs.append(levels)
+    assert epochs[0] != epochs[1]
+
+
+def test_seek_goes_to_any_step_at_once(folder):
+    options = {"data_dir": folder, "batch_size": 5, "image_size": 32, "random_flip": True, "seed": 1, "num_workers": 0}
+    straight, sought = data.load_data(**options), data.load_data(**options)
+    batches = [next(straight)[0] for _ in range(6)]
+    sought.seek(4)
+    assert th.equal(next(sought)[0], batches[4]) and th.equal(next(sought)[0], batches[5])
+
+
+def test_a_folder_smaller_than_the_batch_wraps_around(folder):
+    """Upstream loops for ever without a batch."""
+    images, _ = next(data.load_data(data_dir=folder, batch_size=30, image_size=32, random_flip=False, seed=0))
+    assert len(images) == 30 and len(set(red_levels(images)[:12])) == 12
+
+
+def test_deterministic_is_the_order_of_the_files(folder):
+    stream = data.load_data(data_dir=folder, batch_size=12, image_size=32, deterministic=True, random_flip=False)
+    assert red_levels(next(stream)[0]) == [20 * user + i for user in range(3) for i in range(4)]
+
+
+def test_a_seed_leaves_pythons_generator_alone(folder):
+    random.seed(5)
+    wanted = random.random()
+    random.seed(5)
+    next(data.load_data(data_dir=folder, batch_size=4, image_size=32, seed=0, num_workers=0))
+    assert random.random() == wanted
+
+
+def test_pixels_are_upstreams(folder):
+    """float32 in [-1, 1]: x / 127.5 - 1."""
+    images, cond = next(data.load_data(data_dir=folder, batch_size=12, image_size=32, deterministic=True))
+    assert images.dtype == th.float32 and cond == {} and images.min() >= -1 and images.max() <= 1
+
+
+# ---- latents ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample_posterior", [False, True])
+def test_cached_and_fresh_latents_are_the_same(folder, sample_posterior):
+    vae = VAEInterface(sample_posterior=sample_posterior)
+    cached = load(folder, vae, class_cond=True, seed=7)
+    fresh = load(folder, vae, class_cond=True, seed=7, cache_latents=False)
+    for _ in range(4):
+        (a, a_cond), (b, b_cond) = next(cached), next(fresh)
+        assert a.shape == (4, 4, 8, 8) and th.allclose(a, b, atol=1e-4)
+        assert th.equal(a_cond["y"], b_cond["y"])
+
+
+def test_the_cache_is_read_from_disk_and_rebuilt_when_the_images_change(folder):
+    vae, said = VAEInterface(), []
+    for _ in range(2):
+        load(folder, vae, say=said.append)
+    assert sum("encoding" in line for line in said) == 1
+    place = folder / ".latents" / f"{vae.fingerprint}-32"
+    assert isinstance(data.MomentsDataset(place / "moments.npy", [0] * 12).moments, np.memmap)
+    assert np.load(place / "moments.npy").shape == (12, 8, 8, 8)
+    Image.new("RGB", (32, 32)).save(folder / "user_01" / "new.png")
+    load(folder, vae, say=said.append)
+    assert sum("encoding" in line for line in said) == 2
+
+
+def test_an_interrupted_encoding_is_done_again(folder):
+    vae, said = VAEInterface(), []
+    load(folder, vae)
+    place = folder / ".latents" / f"{vae.fingerprint}-32"
+    (place / "index.json").unlink()
+    load(folder, vae, say=said.append)
+    assert "encoding" in said[0] and json.loads((place / "index.json").read_text())["image_size"] == 32
+
+
+def test_a_cache_of_another_autoencoder_is_refused(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("cache")
+    load(folder, VAEInterface(), latent_cache=str(place))
+    other = VAEInterface(scale_factor=0.5)
+    with pytest.raises(UserError, match=f"--latent_cache .* was encoded with autoencoder .* is {other.fingerprint}"):
+        load(folder, other, latent_cache=str(place))
+
+
+def test_latents_have_unit_variance_only_if_the_scale_fits(folder):
+    from guided_diffusion_vae.vae_wrapper import warn_unless_unit_variance
+
+    said = []
+    warn_unless_unit_variance(th.randn(4, 4, 8, 8), said.append)
+    assert not said
+    warn_unless_unit_variance(10 * th.randn(4, 4, 8, 8), said.append)
+    assert "--scale_factor" in said[0]
+
+
+def test_noise_of_a_step_is_one_draw_for_all_slots():
+    whole = data.slot_randn((4, 2), seed=1, step=2, use=3)
+    assert th.equal(whole, data.slot_randn((4, 2), seed=1, step=2, use=3))
+    for other in ({"seed": 9, "step": 2, "use": 3}, {"seed": 1, "step": 9, "use": 3}, {"seed": 1, "step": 2, "use": 9}):
+        assert not th.equal(whole, data.slot_randn((4, 2), **other))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_unreadable_images_are_refused_by_name_or_left_out(folder):
+    bad = folder / "user_01" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    vae, said = VAEInterface(), []
+    with pytest.raises(UserError, match=r"1 of 12 images cannot be used: .*2\.png.*--skip_bad_images True"):
+        load(folder, vae)
+    stream = load(folder, vae, skip_bad_images=True, say=said.append)
+    assert "left out 1 of 12" in said[0] and len(stream.images.order.dataset) == 11
+
+
+def test_one_class_is_not_a_condition(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "user_1.png")
+    with pytest.raises(UserError, match="--class_cond True, but .* one class only"):
+        load(tmp_path, VAEInterface("pixel"), class_cond=True)
+
+
+def test_flips_and_the_cache_exclude_each_other(folder):
+    with pytest.raises(UserError, match="--random_flip True needs --cache_latents False"):
+        load(folder, VAEInterface(), random_flip=True)
+
+
+def test_a_size_that_cannot_be_halved_is_said_before_anything_is_encoded(folder):
+    with pytest.raises(UserError, match="--image_size is 33"):
+        data.load_data_with_vae(data_dir=folder, batch_size=1, image_size=33, vae=VAEInterface())

@@ -1,0 +1,119 @@
+"""From a checkpoint to files: names, labels, seeds, and the same image whatever shares the work."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import script
+from PIL import Image
+
+from guided_diffusion_vae import sample_util
+from guided_diffusion_vae.config import UserError
+
+NAMES = ["user_01", "user_07", "user_30"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint after three steps on three users; where it is, and its model."""
+    root = tmp_path_factory.mktemp("sampling")
+    rng = np.random.RandomState(0)
+    for name in NAMES:
+        (root / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / "data" / name / f"{i}.png")
+    flags = "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2 --attention_resolutions 8".split()
+    flags += "--image_size 32 --diffusion_steps 50 --noise_schedule cosine --class_cond True --max_steps 3".split()
+    flags += ["--ema_rate", 0.9, "--batch_size", 2, "--lr", 1e-2, "--sample_interval", 3]
+    script("image_train_vae.py", *flags, "--data_dir", root / "data", "--log_dir", root / "run")
+    return root / "run" / "model000003.pt"
+
+
+def sample(trained, out, *flags, **options):
+    return script("image_sample_vae.py", "--model_path", trained, "--log_dir", out, *flags, **options)
+
+
+def arrays(out):
+    (path,) = out.glob("samples_*.npz")
+    with np.load(path) as found:
+        return found["arr_0"], found["arr_1"]
+
+
+def test_training_shows_a_grid(trained):
+    assert Image.open(trained.parent / "samples" / "step_000003.png").width > 3 * 32
+
+
+def test_only_the_model_path_is_needed(trained, tmp_path):
+    done = sample(trained, tmp_path, "--num_samples", 5, "--batch_size", 2, "--use_ddim", True)
+    pixels, labels = arrays(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["samples_5x32x32x3.npz"]
+    assert pixels.shape == (5, 32, 32, 3) and pixels.dtype == np.uint8 and labels.dtype == np.int64
+    for line in ("creating model and diffusion...", "sampling...", "created 6 samples", "sampling complete"):
+        assert line in done.stdout or line == "created 6 samples"
+    for i, label in enumerate(labels):
+        name = NAMES[label]
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / name / f"{name}_{i:06d}.png")), pixels[i])
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_an_image_is_the_same_whatever_shares_the_work(trained, tmp_path):
+    """Batch sizes 1, 4 and 3 on two processes; equal to a level of 8 bits, for a convolution sums in another order."""
+    flags = ["--num_samples", 6, "--per_image_seed", True, "--timestep_respacing", 10]
+    sample(trained, tmp_path / "a", *flags, "--batch_size", 1)
+    sample(trained, tmp_path / "b", *flags, "--batch_size", 4)
+    sample(trained, tmp_path / "c", *flags, "--batch_size", 2, ranks=2)
+    (a, a_labels), (b, b_labels), (c, c_labels) = (arrays(tmp_path / name) for name in "abc")
+    assert np.array_equal(a_labels, b_labels) and np.array_equal(a_labels, c_labels)
+    assert np.abs(a.astype(int) - b).max() <= 1 and np.abs(a.astype(int) - c).max() <= 1
+    assert np.abs(a[0].astype(int) - a[1]).max() > 10
+
+
+def test_users_are_named_as_on_disk_and_take_turns(trained, tmp_path):
+    sample(trained, tmp_path, "--num_samples", 4, "--users", "30,7", "--timestep_respacing", 5)
+    assert arrays(tmp_path)[1].tolist() == [2, 1, 2, 1]
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"user_30", "user_07"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--image_size", 64], ["--image_size is 64", "trained with 32"]),
+        (["--num_channels", 64], ["--num_channels is 64", "trained with 32"]),
+        (["--users", "3"], ["--users names '3'", "user_01 to user_30"]),
+        (["--vae_path", "pixel"], ["--vae_path pixel", "trained on latents of"]),
+        (["--num_samples", 0], ["--num_samples is 0"]),
+        (["--timestep_respacing", "ddim30"], ["30"]),
+    ],
+)
+def test_a_flag_that_contradicts_the_run_is_one_line(trained, tmp_path, flags, words):
+    done = sample(trained, tmp_path, *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_truncated_as_upstream_does():
+    values = th.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert sample_util.to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
+    with pytest.raises(UserError, match="NaN"):
+        sample_util.to_pixels(values * float("nan"))
+
+
+def test_file_names_stay_in_their_folder():
+    names = ["../../etc", "-rf", "a" * 300, "user_07", "Jörg"]
+    assert [sample_util.safe_name(names, i) for i in range(6)] == [
+        "class_000",
+        "class_001",
+        "class_002",
+        "user_07",
+        "class_004",
+        "class_005",
+    ]
+
+
+def test_each_images_noise_is_its_own():
+    a, b = (sample_util.PerImageNoise(0, numbers, "cpu") for numbers in ([3, 4], [4]))
+    first = a.randn((2, 2))
+    assert th.equal(first[1], b.randn((2, 2))[0]) and not th.equal(first[0], first[1])
+    assert th.equal(a(th.zeros(2, 5))[1], b(th.zeros(1, 5))[0])
