@@ -250,17 +250,29 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def _report(error: BaseException) -> int:
-    """Say what happened: at once from rank 0, a moment later from any other, who may be the only one it happened to."""
+    """Say what happened, once: rank 0 at once, any other a moment later and only if rank 0 has not said the same."""
     code, me = exit_code(error), rank()
-    if me > 0:
-        time.sleep(1.0)  # if rank 0 met the same error, it has ended the job by now
-    if code is None or debug_wanted():
-        traceback.print_exception(error)
-    if code is not None and (me == 0 or _store is not None):
-        where = f" (rank {me})" if me else ""
-        word = "stopped" if code == EXIT_STOPPED else "error"
-        print(f"{word}{where}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    message = " ".join(str(error).split()) or type(error).__name__
+    if not _said_by_rank_0(message):
+        if code is None or debug_wanted():
+            traceback.print_exception(error)
+        if code is not None and (me == 0 or _store is not None):
+            word = "stopped" if code == EXIT_STOPPED else "error"
+            print(f"{word}{f' (rank {me})' if me else ''}: {message}", file=sys.stderr, flush=True)
     return 1 if code is None else code
+
+
+def _said_by_rank_0(message: str) -> bool:
+    """Whether rank 0 failed with these words; rank 0 leaves its own for the others to find."""
+    if world_size() == 1 or _store is None:
+        return False
+    with contextlib.suppress(Exception):
+        if rank() == 0:
+            _store.set("said", message)
+            return False
+        time.sleep(1.0)
+        return _store.check(["said"]) and _store.get("said").decode() == message
+    return False
 
 
 def _leave_together(code: int) -> None:

@@ -1,0 +1,87 @@
+"""The walls of the house: a room imports from its own floor or a lower one, and nothing goes round in a circle."""
+
+import ast
+from pathlib import Path
+
+import guided_diffusion_vae
+
+PACKAGE = Path(guided_diffusion_vae.__file__).parent
+FLOORS = [
+    {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record"},
+    {"nn", "losses", "gaussian_diffusion", "respace", "resample"},
+    {"fp16_util", "unet", "model_flags"},
+    {"autoencoders.base", "autoencoders.kl", "vae_wrapper"},
+    {"data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"},
+    {"train_util", "vae_train_util", "sample_util"},
+    {"script_util"},
+]
+FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}
+MATHS = FLOORS[1]
+
+
+def rooms():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
+
+
+def imports(room, path):
+    """The rooms that a file imports, also inside functions."""
+    here = room.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+            for name in node.names:
+                for used in (".".join([*base, name.name]), ".".join(base)):
+                    if used in FLOOR_OF:
+                        yield used
+                        break
+
+
+def arrows():
+    return [(room, used) for room, path in rooms() for used in imports(room, path)]
+
+
+def test_every_room_is_on_the_plan():
+    assert {room for room, _ in rooms()} == set(FLOOR_OF)
+
+
+def test_no_import_climbs():
+    up = [f"{room} -> {used}" for room, used in arrows() if FLOOR_OF[used] > FLOOR_OF[room]]
+    assert not up, up
+
+
+def test_no_import_goes_round_in_a_circle():
+    edges = {room: {used for start, used in arrows() if start == room} for room in FLOOR_OF}
+    done, path = set(), []
+
+    def visit(room):
+        assert room not in path, " -> ".join([*path[path.index(room) :], room])
+        if room not in done:
+            path.append(room)
+            for used in edges[room]:
+                visit(used)
+            done.add(path.pop())
+
+    for room in FLOOR_OF:
+        visit(room)
+
+
+def test_the_maths_do_no_io():
+    for room, path in rooms():
+        if room in MATHS:
+            text = path.read_text()
+            assert not any(word in text for word in ("open(", "print(", "logger", "cuda")), room
+
+
+def test_evaluations_are_not_imported_by_the_package():
+    assert not [room for room, path in rooms() if "evaluations" in path.read_text()]
+
+
+def test_scripts_are_tables_of_contents():
+    """No class but configuration, no tensor arithmetic, at most a page and a half."""
+    for path in sorted((PACKAGE.parent / "scripts").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        assert all(node.decorator_list for node in classes), path.name
+        assert len(path.read_text().splitlines()) <= 110, path.name

@@ -1,0 +1,128 @@
+"""Who am I, under every launcher; and how a job ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch as th
+from helpers import ROOT, script
+
+from guided_diffusion_vae import checkpoint, dist_util
+from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.fp16_util import TrainingDiverged
+
+
+@pytest.mark.parametrize(
+    "env, wanted",
+    [
+        ({}, ("alone", 0, 1, 0, 1)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "PMI_RANK": "0"},
+            ("torchrun", 5, 8, 1, 4),
+        ),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, ("mpi", 3, 4, 1, 2)),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_ID": "0",
+                "SLURM_NTASKS": "2",
+            },
+            ("mpi", 1, 2, 1, 2),
+        ),
+        (
+            {
+                "SLURM_STEP_ID": "0",
+                "SLURM_NTASKS": "8",
+                "SLURM_PROCID": "6",
+                "SLURM_LOCALID": "2",
+                "SLURM_TASKS_PER_NODE": "4(x2)",
+            },
+            ("slurm", 6, 8, 2, 4),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ("alone", 0, 1, 0, 1)),  # a batch shell without srun
+    ],
+)
+def test_launchers_are_told_apart(env, wanted):
+    assert tuple(dist_util.detect_launch(env)) == wanted
+
+
+@pytest.mark.parametrize("nodes, first", [("gpu[03-05,9],cpu1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1")])
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert dist_util.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (UserError("x"), 2),
+        (FileNotFoundError("x"), 2),
+        (checkpoint.SaveError("x"), 3),
+        (dist_util.EnvironmentFault("x"), 3),
+        (TrainingDiverged("x"), 4),
+        (th.OutOfMemoryError("x"), 4),
+        (RuntimeError("Connection closed by peer"), 5),
+        (dist_util.StopRequested("x"), 75),
+        (ZeroDivisionError("x"), None),
+    ],
+)
+def test_exit_codes(error, code):
+    assert dist_util.exit_code(error) == code
+
+
+LAUNCHERS = {
+    "mpiexec": ["mpiexec", "-n", "2", sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("fails_on", ["all", "1"])
+def test_a_rank_that_fails_ends_the_job(launcher, fails_on, tmp_path):
+    """An error on every rank is one line; one on rank 1 alone does not leave rank 0 waiting for ever."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from guided_diffusion_vae import dist_util\n"
+        "from guided_diffusion_vae.config import UserError\n"
+        "def main():\n"
+        "    dist_util.setup_dist()\n"
+        f"    if {fails_on == 'all'} or dist_util.rank() == 1:\n"
+        "        raise UserError('--data_dir is empty')\n"
+        "    dist_util.any_rank(False)\n"
+        "dist_util.run_main(main)\n"
+    )
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(
+        [*LAUNCHERS[launcher], str(program)], capture_output=True, text=True, timeout=60, env={"PATH": path}, cwd=ROOT
+    )
+    assert done.returncode != 0
+    if launcher == "mpiexec":
+        assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "--data_dir is empty" in line]
+    assert len(lines) == 1 if fails_on == "all" else lines, done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data_dir", ""], ["--data_dir is empty"]),
+        (["--data_dir", "no/such/folder"], ["--data_dir no/such/folder does not exist"]),
+        (["--data_dir", "tests/golden/adm_keys"], ["holds no images"]),
+        (["--vae_path", "nowhere.pt"], ["--vae_path nowhere.pt does not exist"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml does not exist"]),
+        (["--schedule_sampler", "best", "--dry_run", "False"], ["data_dir"]),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(flags, words, tmp_path):
+    done = script("image_train_vae.py", "--log_dir", tmp_path, *flags, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_log_folder_that_cannot_be_written_is_the_machines_fault():
+    done = script("image_train_vae.py", "--log_dir", "/proc/nowhere", "--data_dir", "tests", check=False)
+    assert done.returncode in (2, 3) and len(done.stderr.strip().splitlines()) == 1, done.stderr
