@@ -28,12 +28,26 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], *, path,
         model.load_state_dict(state_dict)
         return
     found = flags_of(state_dict)
-    remedy = ", ".join(f"--{name} {value}" for name, value in found.items() if not _same(given.get(name), value))
+    if found:
+        found |= _attention_flag(state_dict, model.image_size, str(given.get("attention_resolutions", "")))
+    remedy = [f"--{name} {value}" for name, value in found.items() if not _same(given.get(name), value)]
+    if not remedy and "label_emb.weight" in state_dict and "label_emb.weight" in wanted:
+        remedy = [f"data with {len(state_dict['label_emb.weight'])} classes, for so many it was trained on"]
     more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
     raise UserError(
-        f"{path} is a network of another shape ({', '.join(differ[:NAMED])}{more} differ)"
-        + (f": give {remedy}" if remedy else ": it is not a U-Net of this kind")
+        f"{path} is a network of another shape ({', '.join(differ[:NAMED])}{more} differ): "
+        + (f"give {', '.join(remedy)}" if remedy else "it is not a U-Net of this kind")
     )
+
+
+def _attention_flag(state_dict, image_size: int, given: str) -> dict:
+    """`attention_resolutions`, if those given attend elsewhere; sizes that no level has do not count."""
+    levels = len(_levels({key: tuple(value.shape) for key, value in state_dict.items()})[0])
+    factors = {image_size // int(size) for size in given.split(",") if size.strip().isdigit() and int(size)}
+    found = attention_factors(state_dict)
+    if factors & {2**level for level in range(levels)} == set(found):
+        return {}
+    return {"attention_resolutions": ",".join(str(image_size // factor) for factor in found) or '""'}
 
 
 def _same(given, found) -> bool:
@@ -43,12 +57,13 @@ def _same(given, found) -> bool:
 def flags_of(state_dict: dict[str, th.Tensor]) -> dict:
     """The flags that a U-Net's keys and shapes show; empty if they are not those of a `UNetModel`.
 
-    `attention_resolutions` is left out: it needs the image size, see `attention_factors`.
+    Left out: `attention_resolutions`, which needs the image size (see `attention_factors`), and the number of heads.
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     try:
         width = shapes["time_embed.0.weight"][1]
         in_channels, out_channels = shapes["input_blocks.0.0.weight"][1], shapes["out.2.weight"][0]
+        shapes["output_blocks.0.0.in_layers.0.weight"]  # an encoder has none
     except (KeyError, IndexError):
         return {}
     widths, blocks, updown = _levels(shapes)
@@ -63,8 +78,6 @@ def flags_of(state_dict: dict[str, th.Tensor]) -> dict:
     inner, emb = shapes.get("input_blocks.1.0.out_layers.0.weight"), shapes.get("input_blocks.1.0.emb_layers.1.weight")
     if inner and emb:
         flags["use_scale_shift_norm"] = emb[0] == 2 * inner[0]
-    if flags["class_cond"]:
-        flags["num_classes"] = shapes["label_emb.weight"][0]
     return flags
 
 

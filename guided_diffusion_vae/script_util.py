@@ -271,7 +271,7 @@ def _from_table(table, size, what):
 def downsample_factors(attention_resolutions: str, image_size: int) -> tuple[int, ...]:
     """Sizes at which to attend, `32,16,8`, as factors of `image_size`; larger sizes are left out, as upstream does."""
     try:
-        return tuple(image_size // int(size) for size in attention_resolutions.split(",") if size.strip())
+        return tuple(image_size // int(size) for size in str(attention_resolutions).split(",") if size.strip())
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"--attention_resolutions is {attention_resolutions!r}; it must be sizes such as 16,8"

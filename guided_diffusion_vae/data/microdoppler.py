@@ -10,30 +10,30 @@ so a data set is the same however many processes make it. Sources: Chen, The Mic
 Boulic et al. (1990). Gains, clutter and noise follow measured 77 GHz spectrograms.
 """
 
+import contextlib
 import csv
 import io
-import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import yaml
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import atomic_write
-from ..config import UserError
+from ..config import UserError, read_yaml
 from .gait import Walker, walk
-from .spectrogram import colour_table, colours_from_unit, db_re_peak, unit_from_db
+from .spectrogram import colour_table, colours_from_unit, db_re_peak, doppler_hz, row_axis, stft_power, unit_from_db
 
-SPEED_OF_LIGHT = 299_792_458.0
 WINDOW_S = {77.0: 0.10, 24.0: 0.14, 5.8: 0.20}  # length of the Gaussian window: a leg's swing lasts 0.4 s
 VELOCITY_MPS = (-3.25, 6.5)  # what the rows span, bottom to top
 RADAR_HEIGHT_M = 1.0
-OVERSAMPLING = 2  # spectra per pixel in both directions, averaged
+BODY_RATE_HZ = 400.0  # instants a second at which the body is posed
 SESSIONS = {"train": (0, 1), "val": (2,), "test": (3,)}
 
 # joint, joint, semi-axis [m], gain [dB], scatterers. Feet are weak (the model lifts them too fast), the torso strong:
@@ -64,21 +64,20 @@ class SimulationConfig:
     carrier_ghz: float = 24.0  # radar: 77, 24 or 5.8
     duration_s: float = 3.0  # time that a picture spans
     clip_db: float = 45.0  # dynamic range of the colours below the peak
-    colormap: str = "jet"  # jet, viridis or grey
+    colormap: str = "jet"  # jet, viridis, parula or grey
     seed: int = 0  # other seeds are other persons
     workers: int = 0  # processes; 0 = one a core
 
     def __post_init__(self):
-        for name in ("num_users", "image_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("train_images", "val_images", "test_images", "workers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        least = {"num_users": 1, "train_images": 0, "val_images": 0, "test_images": 0}
+        least |= {"image_size": 8, "duration_s": 1.0, "clip_db": 1.0, "seed": 0, "workers": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least {bound}")
         if self.carrier_ghz not in WINDOW_S:
             raise UserError(f"--carrier_ghz is {self.carrier_ghz:g}; it must be one of 77, 24, 5.8")
-        if self.duration_s < 0.5 or self.clip_db <= 0:
-            raise UserError("--duration_s must be at least 0.5 and --clip_db above 0")
+        if self.train_images + self.val_images + self.test_images == 0:
+            raise UserError("--train_images, --val_images and --test_images are all 0; nothing would be simulated")
         colour_table(self.colormap)
 
 
@@ -163,25 +162,37 @@ def echo(scene: Scene, rng, *, carrier_ghz: float, duration_s: float, prf_hz: fl
     Args:
         rng: for the timing of strides.
     """
-    time_s = np.arange(round(duration_s * prf_hz)) / prf_hz
+    pulses = round(duration_s * prf_hz)
+    factor = max(1, int(prf_hz / BODY_RATE_HZ))  # bodies move slowly: few instants, refined to every pulse
+    time_s = np.arange(-(-pulses // factor) + 3) * factor / prf_hz
     walking = walk(scene.walker, time_s, scene.phase + strides(scene, rng, time_s))
     joints = {name: seen_from_radar(points, scene) for name, points in walking.items()}
-    cycles_per_m = 2 * carrier_ghz * 1e9 / SPEED_OF_LIGHT
-    total = np.zeros((2, len(time_s)), dtype=np.float32)
-    scatterers = iter(zip(scene.places, scene.strengths, strict=True))
+
+    baseband, first = np.zeros(pulses, dtype=np.complex64), 0
     for start, end, axis, gain_db, count in BODY:
-        along = joints[end] - joints[start]
-        for place, strength in itertools.islice(scatterers, count):
-            sight = joints[start] + place * along
-            distance = np.sqrt(np.einsum("ti,ti->t", sight, sight))
-            amplitude = (
-                10 ** (gain_db / 20) * strength * np.sqrt(cross_section(along, sight, axis)) / distance**2
-            ).astype(np.float32)
-            cycles = cycles_per_m * distance
-            angle = (2 * np.pi * (cycles - np.rint(cycles))).astype(np.float32)  # whole cycles go before the precision
-            total[0] += amplitude * np.cos(angle)
-            total[1] -= amplitude * np.sin(angle)
-    return total[0] + 1j * total[1]
+        places, strengths = (np.array(part[first : first + count]) for part in (scene.places, scene.strengths))
+        along = joints[end] - joints[start]  # (T, 3)
+        sight = joints[start] + places[:, None, None] * along  # (count, T, 3)
+        distance = np.sqrt(dot(sight, sight))
+        strengths = 10 ** (gain_db / 20) * strengths[:, None]
+        amplitude = strengths * np.sqrt(cross_section(along, sight, axis)) / distance**2
+        cycles = doppler_hz(1.0, carrier_ghz) * refine(distance, factor)[:, :pulses]
+        angle = (2 * np.pi * (cycles - np.rint(cycles))).astype(np.float32)  # whole cycles go before the precision
+        amplitude = refine(amplitude, factor)[:, :pulses].astype(np.float32)
+        baseband.real += (amplitude * np.cos(angle)).sum(axis=0)
+        baseband.imag -= (amplitude * np.sin(angle)).sum(axis=0)
+        first += count
+    return baseband
+
+
+def refine(values, factor: int) -> np.ndarray:
+    """Values (..., T) at `factor` times as many instants, from the second to the last but one: (..., (T - 3) * factor).
+
+    Between two instants runs the cubic of Catmull and Rom: through both, with the slopes of their neighbours' chords.
+    """
+    f = np.arange(factor) / factor
+    weights = np.array([-f + 2 * f**2 - f**3, 2 - 5 * f**2 + 3 * f**3, f + 4 * f**2 - 3 * f**3, f**3 - f**2]) / 2
+    return (sliding_window_view(values, 4, axis=-1) @ weights).reshape(*values.shape[:-1], -1)
 
 
 def seen_from_radar(points, scene: Scene) -> np.ndarray:
@@ -200,14 +211,19 @@ def strides(scene: Scene, rng, time_s) -> np.ndarray:
 
 
 def cross_section(along, sight, axis) -> np.ndarray:
-    """Radar cross-section (T,) in m^2 of an ellipsoid of revolution with long axis `along` seen along `sight`.
+    """Radar cross-section (..., T) in m^2 of an ellipsoid of revolution with long axis `along` seen along `sight`.
 
     pi a^4 c^2 / (a^2 sin^2 + c^2 cos^2)^2, c half the length, the angle between axis and line of sight (Chen 2011).
     """
-    length2 = np.einsum("ti,ti->t", along, along)
-    cos2 = np.einsum("ti,ti->t", along, sight) ** 2 / np.maximum(length2 * np.einsum("ti,ti->t", sight, sight), 1e-12)
+    length2 = dot(along, along)
+    cos2 = dot(along, sight) ** 2 / np.maximum(length2 * dot(sight, sight), 1e-12)
     a2, c2 = axis**2, length2 / 4
     return np.pi * a2**2 * c2 / (a2 * (1 - cos2) + c2 * cos2) ** 2
+
+
+def dot(a, b) -> np.ndarray:
+    """Products (...) of the vectors (..., 3)."""
+    return np.einsum("...i,...i->...", a, b)
 
 
 def prf_for(carrier_ghz: float) -> float:
@@ -215,50 +231,24 @@ def prf_for(carrier_ghz: float) -> float:
     return 2.2 * max(map(abs, VELOCITY_MPS)) * doppler_hz(1.0, carrier_ghz)
 
 
-def doppler_hz(velocity_mps, carrier_ghz):
-    """f = 2 v / lambda."""
-    return 2 * velocity_mps * carrier_ghz * 1e9 / SPEED_OF_LIGHT
-
-
-@lru_cache(maxsize=8)
-def analysis(carrier_ghz: float, prf_hz: float, rows: int) -> np.ndarray:
-    """The matrix (rows, window) that takes a stretch of baseband to its spectrum at the rows' velocities."""
-    n = round(2 * WINDOW_S[carrier_ghz] * prf_hz)
-    time_s = (np.arange(n) - (n - 1) / 2) / prf_hz
-    window = np.exp(-0.5 * (time_s / (WINDOW_S[carrier_ghz] / 2.5)) ** 2)
-    low, high = VELOCITY_MPS
-    velocity = high - (np.arange(rows) + 0.5) * (high - low) / rows
-    waves = np.exp(-2j * np.pi * doppler_hz(velocity, carrier_ghz)[:, None] * time_s)
-    return (waves * (window / np.linalg.norm(window))).astype(np.complex64)
-
-
-def spectrum(baseband, *, carrier_ghz: float, prf_hz: float, size: int) -> np.ndarray:
-    """Power (size, size) over velocity (top: fastest approach) and time; OVERSAMPLING^2 spectra a pixel."""
-    matrix = analysis(carrier_ghz, prf_hz, size * OVERSAMPLING)
-    n = matrix.shape[1]
-    starts = np.linspace(0, len(baseband) - n, size * OVERSAMPLING).round().astype(int)
-    frames = np.lib.stride_tricks.sliding_window_view(baseband, n)[starts]
-    power = np.abs(matrix @ frames.T) ** 2
-    return power.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
-
-
 def spectrogram_db(scene: Scene, rng, *, carrier_ghz=24.0, duration_s=3.0, size=64) -> np.ndarray:
     """One picture in decibels re its peak: (size, size)."""
     prf = prf_for(carrier_ghz)
-    signal = echo(scene, rng, carrier_ghz=carrier_ghz, duration_s=duration_s + 2 * WINDOW_S[carrier_ghz], prf_hz=prf)
+    window_s = WINDOW_S[carrier_ghz]
+    signal = echo(scene, rng, carrier_ghz=carrier_ghz, duration_s=duration_s + 2 * window_s, prf_hz=prf)
     level = np.sqrt(np.mean(np.abs(signal) ** 2))
     wander = np.cumsum(rng.normal(0, 0.3 / np.sqrt(prf), len(signal)))
     clutter = level * 10 ** (scene.clutter_db / 20) * np.exp(1j * (wander + rng.uniform(0, 2 * np.pi)))
     noise = rng.normal(size=(2, len(signal))) * level * 10 ** (-scene.snr_db / 20) / np.sqrt(2)
     received = (signal + clutter + noise[0] + 1j * noise[1]).astype(np.complex64)
-    power = spectrum(received, carrier_ghz=carrier_ghz, prf_hz=prf, size=size)
+    edges_hz = tuple(doppler_hz(velocity, carrier_ghz) for velocity in VELOCITY_MPS)
+    power = stft_power(received, size=size, edges_hz=edges_hz, prf_hz=prf, window_s=window_s)
     return db_re_peak(power * moving_target_filter(size)[:, None])
 
 
 def moving_target_filter(rows: int) -> np.ndarray:
     """Power gain (rows,) of the filter that removes what does not move: a notch 0.12 m/s wide, 30 dB deep."""
-    low, high = VELOCITY_MPS
-    velocity = high - (np.arange(rows * 16) + 0.5) * (high - low) / (rows * 16)
+    velocity = row_axis(rows * 16, VELOCITY_MPS)
     gain = 1 - (1 - 10**-1.5) * np.exp(-0.5 * (velocity / 0.12) ** 2)
     return (gain**2).reshape(rows, 16).mean(axis=1)
 
@@ -290,11 +280,15 @@ def simulate_dataset(config: SimulationConfig) -> Path:
     """Write `train|val|test/user_XX/user_XX_sSS_NNNN.png` and, last, `manifest.csv` with the ground truth.
 
     Pictures that are there already are not made again, so an interrupted run goes on.
+
+    Raises:
+        UserError: the folder holds pictures that other settings made.
     """
     jobs = plan(config)
-    root = Path(config.out_dir)
-    workers = config.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    root = claim_folder(config)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(config.workers or cores, len(jobs))
+    with one_thread_a_process(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(_make, [config] * len(jobs), jobs, chunksize=16)
         rows = list(tqdm(made, total=len(jobs), desc="simulating", unit="image"))
     text = io.StringIO()
@@ -306,9 +300,45 @@ def simulate_dataset(config: SimulationConfig) -> Path:
     return root
 
 
+@contextlib.contextmanager
+def one_thread_a_process():
+    """Processes started in this block do their matrix products in one thread: many would fight for the cores, and
+    another number of threads is another order of additions, which now and then moves a colour by one level."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def claim_folder(config: SimulationConfig) -> Path:
+    """Write the settings to `run.yaml` of an unused folder, or raise if those there are others; returns the folder."""
+    root = Path(config.out_dir)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--out_dir {root} is not a folder")
+    root.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out_dir", "workers")}
+    record = root / "run.yaml"
+    earlier = read_yaml(record) if record.exists() else settings
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise UserError(
+                f"--{name} is {value}, but --out_dir {root} holds pictures made with {earlier.get(name)}: "
+                "choose another folder, or remove this one"
+            )
+    with atomic_write(record) as handle:
+        handle.write(yaml.safe_dump(settings, sort_keys=False).encode())
+    return root
+
+
 def _make(config: SimulationConfig, job) -> dict:
     split, user, session, index = job
-    name = f"user_{user:02d}"
+    digits = max(2, len(str(config.num_users - 1)))  # sorted by name is sorted by number
+    name = f"user_{user:0{digits}d}"
     file = Path(split) / name / f"{name}_s{session:02d}_{index:04d}.png"
     path = Path(config.out_dir) / file
     scene = draw_scene(config.seed, user, session, index)

@@ -1,19 +1,76 @@
-"""Pictures of power: dB to [-1, 1] to colours, and back.
+"""Pictures of power: from a baseband signal to decibels, to [-1, 1], to colours; and back.
 
-A spectrogram is received power over velocity (rows, approach above) and time (columns, oldest first). It becomes a
-picture in two steps, both invertible: a linear map of decibels between a floor and a ceiling to [-1, 1], and a colour
-map. A spectrogram is never mirrored: reversed time, and reversed Doppler, are other motions.
+A spectrogram is received power over velocity (rows, approach above) and time (columns, oldest first):
+
+    P(f, t) = |sum_k s(t + k / prf) w(k) exp(-2 pi j f k / prf)|^2,      w Gaussian, of unit energy
+
+Its decibels become a picture in two steps, both invertible: a linear map between a floor and a ceiling to [-1, 1], and
+a colour map. A spectrogram is never mirrored: reversed time, and reversed Doppler, are other motions.
+
+A radial velocity v is a Doppler frequency f = 2 v / lambda; approach is positive.
 """
 
-import numpy as np
+from functools import lru_cache
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+OVERSAMPLING = 2  # spectra per pixel in both directions, averaged
+SPEED_OF_LIGHT = 299_792_458.0  # m/s
 ANCHORS = {  # colours at equally spaced values; between them a colour map is linear
     "grey": [(0, 0, 0), (255, 255, 255)],
     "jet": [(0, 0, 128), (0, 0, 255), (0, 128, 255), (0, 255, 255), (128, 255, 128), (255, 255, 0), (255, 128, 0)]
     + [(255, 0, 0), (128, 0, 0)],
     "viridis": [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129)]
     + [(92, 200, 99), (170, 220, 50), (253, 231, 37)],
+    "parula": [(53, 42, 135), (15, 92, 221), (20, 129, 214), (6, 163, 202), (46, 183, 164), (135, 191, 119)]
+    + [(209, 187, 89), (255, 195, 55), (245, 227, 39), (249, 251, 14)],
 }
+
+
+def doppler_hz(velocity_mps, carrier_ghz: float):
+    """f = 2 v / lambda."""
+    return 2 * velocity_mps * carrier_ghz * 1e9 / SPEED_OF_LIGHT
+
+
+def velocity_mps(doppler_hz, carrier_ghz: float):
+    """v = f lambda / 2, the inverse of `doppler_hz`."""
+    return doppler_hz * SPEED_OF_LIGHT / (2 * carrier_ghz * 1e9)
+
+
+def row_axis(rows: int, edges: tuple[float, float]) -> np.ndarray:
+    """Velocities (or Doppler frequencies) at the centres of the rows: (rows,), the fastest approach first.
+
+    Args:
+        edges: the lower edge of the bottom row and the upper edge of the top row.
+    """
+    low, high = edges
+    return high - (np.arange(rows) + 0.5) * (high - low) / rows
+
+
+def stft_power(baseband, *, size: int, edges_hz: tuple[float, float], prf_hz: float, window_s: float) -> np.ndarray:
+    """Power (size, size) over Doppler and time, computed where the pixels are; each averages OVERSAMPLING^2 spectra.
+
+    Args:
+        baseband: (T,) complex; the first and the last window are the first and the last column.
+        edges_hz: what the rows span, see `row_axis`.
+        window_s: length of the window, 2.5 standard deviations; it is cut off at twice that.
+    """
+    waves = _waves(size * OVERSAMPLING, edges_hz, prf_hz, window_s)
+    length = waves.shape[1]
+    starts = np.linspace(0, len(baseband) - length, size * OVERSAMPLING).round().astype(int)
+    power = np.abs(waves @ sliding_window_view(baseband, length)[starts].T) ** 2
+    return power.reshape(size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(1, 3))
+
+
+@lru_cache(maxsize=8)
+def _waves(rows: int, edges_hz, prf_hz: float, window_s: float) -> np.ndarray:
+    """The matrix (rows, window) that takes a stretch of baseband to its spectrum at the rows' frequencies."""
+    length = round(2 * window_s * prf_hz)
+    time_s = (np.arange(length) - (length - 1) / 2) / prf_hz
+    window = np.exp(-0.5 * (time_s / (window_s / 2.5)) ** 2)
+    waves = np.exp(-2j * np.pi * row_axis(rows, edges_hz)[:, None] * time_s)
+    return (waves * (window / np.linalg.norm(window))).astype(np.complex64)
 
 
 def unit_from_db(power_db, floor_db=-45.0, ceil_db=0.0):
