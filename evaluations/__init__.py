@@ -1,1 +1,10 @@
-"""Arrays in, numbers out: how near generated images are to real ones, and whether user 7 is still user 7."""
+"""How near generated spectrograms are to real ones, and whether user 7 is still user 7: arrays in, numbers out.
+
+image_sets        folders and .npz files as arrays
+statistics        distances between two clouds of features: Frechet, kernel
+manifold          neighbourhoods: precision, recall, density, coverage, nearest training images
+user_classifier   the judge: learns from real images who is walking; its features are the space of FD_user
+report            every number between its floor and its ceiling; a table, report.json and a picture
+
+The package guided_diffusion_vae never imports this one.
+"""

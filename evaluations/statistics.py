@@ -1,91 +1,82 @@
-"""Distances between two sets of feature vectors.
+"""Distances between two clouds of features, each a matrix (N, d).
 
-Frechet distance between the Gaussians that fit them (FID when the features are Inception's, and only then):
+Frechet distance of the Gaussians with the clouds' means and covariances:
 
-    FD = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
+    FD = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
-and precision, recall, density and coverage on nearest-neighbour balls.
+Kernel distance (KID), which is unbiased, so that it may be below 0:
+
+    KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j),   k(a, b) = (a.b / d + 1)^3
+
+All in float64. FD grows as N shrinks, by an amount that depends on the clouds: compare it only with an FD at the same N.
 """
 
 import warnings
-from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
+
+BLOCK = 1024  # rows of a kernel matrix at a time
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    """FD of two Gaussians, exact to rounding even if their covariances are singular.
+def moments(features) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and covariance (d, d), divisor N - 1, of features (N, d).
 
-    tr (S_1 S_2)^(1/2) is the sum of the roots of the eigenvalues of R S_2 R with R = S_1^(1/2), which is symmetric: no
-    square root of a general matrix is needed.
-
-    Args:
-        mu1, mu2: (D,); sigma1, sigma2: (D, D).
-    Source: Heusel et al. 2017, equation 6.
+    Raises:
+        ValueError: fewer than two rows, or not a matrix of finite numbers.
     """
-    values, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ sigma2 @ root), 0, None)).sum()
-    gap = np.asarray(mu1, dtype=np.float64) - mu2
-    return float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-
-
-def frechet_distance_of(a, b) -> float:
-    """FD of two sets of features (N, D), (M, D); warns if a set is too small for its covariance."""
-    for features in (a, b):
-        if len(features) <= features.shape[1]:
-            warnings.warn(f"biased: {len(features)} samples for {features.shape[1]} features", stacklevel=2)
-    return frechet_distance(*gaussian_of(a), *gaussian_of(b))
-
-
-def gaussian_of(features) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and (unbiased) covariance of features (N, D), in float64."""
     features = np.asarray(features, dtype=np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
+        raise ValueError(f"features are {features.shape}; they must be finite, (N, d), and N at least 2")
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def kernel_distance(a, b) -> float:
-    """Squared mean discrepancy under the kernel (x y / D + 1)^3, unbiased; KID if the features are Inception's.
+def gaussian_frechet_distance(mean1, cov1, mean2, cov2) -> float:
+    """Frechet distance of two Gaussians, from means (d,) and covariances (d, d).
 
-    Source: Binkowski et al. 2018, equation 4.
+    tr (S1 S2)^(1/2) = sum_k sqrt(lambda_k(R S2 R)) with R = S1^(1/2): a symmetric matrix, so that no eigenvalue is
+    complex, and what rounding makes of its zeros is told from the others by size.
+
+    Source:
+        Heusel et al. 2017, eq. 6.
     """
-    a, b = (np.asarray(features, dtype=np.float64) for features in (a, b))
-    d, n, m = a.shape[1], len(a), len(b)
-    within_a, within_b, between = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    same_a = (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
-    same_b = (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
-    return float(same_a + same_b - 2 * between.mean())
+    mean1, cov1, mean2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mean1, cov1, mean2, cov2))
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    squares = np.linalg.eigvalsh(root @ cov2 @ root)
+    rounding = len(squares) * np.finfo(np.float64).eps * squares.max()
+    overlap = np.sqrt(squares[squares > rounding]).sum()
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap)
 
 
-class Manifold(NamedTuple):
-    """Fractions in [0, 1], but density, which may pass 1."""
+def frechet_distance(x, y) -> float:
+    """Frechet distance of features x (N, d) and y (M, d); warns when a covariance cannot have full rank."""
+    (n, d), m = np.shape(x), len(y)
+    if min(n, m) <= d:
+        warnings.warn(f"Frechet distance of {d} features is biased, n={min(n, m)}", stacklevel=2)
+    return gaussian_frechet_distance(*moments(x), *moments(y))
 
-    precision: float
-    recall: float
-    density: float
-    coverage: float
 
+def kernel_distance(x, y) -> float:
+    """KID of features x (N, d) and y (M, d), over all pairs.
 
-def manifold(real, fake, k: int = 3) -> Manifold:
-    """How much of each set lies within reach of the other; reach is the distance to the k-th own neighbour.
-
-    precision: generated images within reach of a real one; recall: the reverse. density: how many real balls hold a
-    generated image, over k; coverage: real images whose ball holds one.
-
-    Source: Kynkaanniemi et al. 2019; Naeem et al. 2020.
+    Source:
+        Binkowski et al. 2018, section 4.
     """
-    real_reach, fake_reach = (np.sort(cdist(x, x), axis=1)[:, k] for x in (real, fake))
-    distance = cdist(real, fake)
-    inside_real, inside_fake = distance <= real_reach[:, None], distance <= fake_reach[None, :]
-    return Manifold(
-        precision=float(inside_real.any(axis=0).mean()),
-        recall=float(inside_fake.any(axis=1).mean()),
-        density=float(inside_real.sum(axis=0).mean() / k),
-        coverage=float(inside_real.any(axis=1).mean()),
-    )
+    x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        raise ValueError(f"the kernel distance needs at least 2 rows a side, got {n} and {m}")
+    within_x = (_kernel_sum(x, x) - _kernel(x, x).sum()) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y) - _kernel(y, y).sum()) / (m * (m - 1))
+    return float(within_x + within_y - 2 * _kernel_sum(x, y) / (n * m))
 
 
-def nearest_distances(queries, references) -> np.ndarray:
-    """Distance (N,) of each query to its nearest reference."""
-    return cdist(queries, references).min(axis=1)
+def _kernel(x, y) -> np.ndarray:
+    """k(x_i, y_i), row by row."""
+    return ((x * y).mean(axis=1) + 1) ** 3
+
+
+def _kernel_sum(x, y) -> float:
+    """sum_ij k(x_i, y_j), a block of rows at a time."""
+    blocks = (x[i : i + BLOCK] @ y.T / x.shape[1] for i in range(0, len(x), BLOCK))
+    return sum(((block + 1) ** 3).sum() for block in blocks)

@@ -1,92 +1,130 @@
-"""Who is walking? A small CNN that learns the users from real images, and a feature space that needs no download.
+"""The judge of identity: a small network that learns from real spectrograms who is walking.
 
-It never sees a generated image in training, so its accuracy on generated ones says whether identity survived; its
-accuracy on real images of another session is the ceiling.
+    features = norm(W |F_t conv(x)|),   logits = V relu(features)
+
+The convolutions keep the Doppler rows; the magnitude of the Fourier transform F_t along time tells what recurs in each
+row and how often (a cadence-velocity diagram), wherever in the gait cycle the picture starts. The features are the
+space of FD_user and KID_user. To stay honest the judge learns from real training images alone, and is neither the
+classifier that guides a generator nor its encoder.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
 import torch as th
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
-SIZE = 64  # images are brought to this side, by area
-
-
-class UserClassifier(nn.Module):
-    """Images (N, 3, H, W) in [-1, 1] -> logits (N, num_users)."""
-
-    def __init__(self, num_users: int, width: int = 16, features: int = 96):
-        super().__init__()
-        widths = [3, width, 2 * width, 4 * width, features]
-        self.body = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in zip(widths, widths[1:], strict=False)
-            )
-        )
-        rows = SIZE // 2 ** (len(widths) - 1)
-        self.neck = nn.Sequential(nn.Dropout(0.2), nn.Linear(features * rows, features), nn.BatchNorm1d(features))
-        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.2), nn.Linear(features, num_users))
-
-    def features(self, images):
-        """(N, D): the last map averaged over time, not over Doppler, where speed shows, and narrowed."""
-        if images.shape[-1] != SIZE:
-            images = F.interpolate(images, (SIZE, SIZE), mode="area")
-        return self.neck(self.body(images).mean(dim=3).flatten(1))
-
-    def forward(self, images):
-        return self.head(self.features(images))
+SIZE = 64  # side of the pictures that the judge sees
+FREQUENCIES = 12  # of the 17 that 32 columns have: gait has its power in the lowest, noise in the rest
+BATCH = 32
+CHUNK = 256  # images at a time where nothing is learned
+MIN_STEPS = 200  # however few the images
 
 
 class Judgement(NamedTuple):
-    """Predicted labels (N,) and features (N, D)."""
+    """What the judge makes of N images: features (N, 64) float32 and the users (N,) it names."""
 
-    predicted: np.ndarray
     features: np.ndarray
+    users: np.ndarray
 
 
-def to_tensor(pixels: np.ndarray) -> th.Tensor:
-    """uint8 (N, H, W, 3) as float (N, 3, H, W) in [-1, 1]."""
-    return th.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+class UserClassifier(nn.Module):
+    """116,000 parameters for 31 users; images (N, 3, 64, 64) in [-1, 1] to logits (N, num_users)."""
+
+    def __init__(self, num_users: int, width: int = 32, maps: int = 8, num_features: int = 64):
+        super().__init__()
+        self.body = nn.Sequential(
+            *_conv(3, width // 2, 5, stride=2),
+            *_conv(width // 2, width, 3),
+            nn.MaxPool2d((2, 1)),
+            *_conv(width, width, 3),
+            nn.Conv2d(width, maps, 1),
+        )
+        self.spectrum_norm = nn.BatchNorm2d(maps)
+        self.features = nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Linear(maps * SIZE // 4 * FREQUENCIES, num_features),
+            nn.BatchNorm1d(num_features),
+        )
+        self.head = nn.Linear(num_features, num_users)
+
+    def embed(self, x: th.Tensor) -> th.Tensor:
+        """Images (N, 3, 64, 64) in [-1, 1] to features (N, 64)."""
+        h = self.body(x)  # (N, maps, 16, 32): Doppler, time
+        spectrum = th.fft.rfft(h, norm="ortho")[..., :FREQUENCIES].abs()
+        return self.features(self.spectrum_norm(th.log1p(spectrum)).flatten(1))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.head(F.relu(self.embed(x)))
+
+    @th.inference_mode()
+    def judge(self, pixels: np.ndarray) -> Judgement:
+        """Features and named users of uint8 images (N, H, W, 3) of any size."""
+        self.eval()
+        features = th.cat([self.embed(x) for x in to_input(pixels).split(CHUNK)])
+        return Judgement(features.numpy(), self.head(F.relu(features)).argmax(dim=1).numpy())
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name these weights, and so this feature space."""
+        tensors = self.state_dict().values()
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-def train_classifier(pixels: np.ndarray, labels: np.ndarray, *, num_users: int, epochs: int = 40, seed: int = 0):
-    """A classifier trained on real images.
+def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+
+def to_input(pixels: np.ndarray) -> th.Tensor:
+    """uint8 (N, H, W, 3) as (N, 3, 64, 64) in [-1, 1]; other sizes are averaged over the area of a pixel."""
+    parts = th.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).split(CHUNK)
+    return th.cat([F.interpolate(part / 127.5 - 1, size=(SIZE, SIZE), mode="area") for part in parts])
+
+
+def train_user_classifier(
+    pixels: np.ndarray, users: np.ndarray, num_users: int, *, seed: int = 0, epochs: int = 20, progress: bool = False
+) -> UserClassifier:
+    """Learn who is walking from real images; the same seed gives the same judge on the same machine.
 
     Args:
-        pixels: (N, H, W, 3) uint8; labels: (N,) int.
-        seed: of weights, order and shifts; the same seed gives the same classifier.
+        pixels: uint8 (N, H, W, 3); users: int (N,) in [0, num_users).
     """
+    x = to_input(pixels)
+    y = th.as_tensor(users, dtype=th.long)
+    batch = min(BATCH, len(x))
+    steps = max(MIN_STEPS, epochs * len(x) // batch)
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
-        model = UserClassifier(num_users)
-        x, y = to_tensor(pixels), th.from_numpy(np.asarray(labels))
-        x = F.interpolate(x, (SIZE, SIZE), mode="area") if x.shape[-1] != SIZE else x
-        batch = min(64, len(x))
-        steps = epochs * (len(x) // batch)
-        opt = th.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-        schedule = th.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
-        for _ in range(epochs):
-            for index in th.randperm(len(x))[: len(x) // batch * batch].split(batch):
-                loss = F.cross_entropy(model(shifted_in_time(x[index])), y[index], label_smoothing=0.1)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
-        return model.eval()
+        model = UserClassifier(num_users).train()
+        optimiser = th.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+        schedule = th.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
+        for chosen in tqdm(
+            _batches(len(x), batch, steps), total=steps, desc="the judge learns", disable=None if progress else True
+        ):
+            loss = F.cross_entropy(model(augment(x[chosen])), y[chosen], label_smoothing=0.1)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return model.eval()
 
 
-def shifted_in_time(images: th.Tensor, most: int = 8) -> th.Tensor:
-    """Images moved by up to `most` columns, edges repeated: another moment of the same walk (never mirrored)."""
-    shift = int(th.randint(-most, most + 1, ()))
-    padded = F.pad(images, (most, most, 0, 0), mode="replicate")
-    return padded[..., most + shift : most + shift + images.shape[-1]]
+def augment(x: th.Tensor) -> th.Tensor:
+    """Start elsewhere in the gait cycle, and with another receiver gain: neither says who walks. x: (N, 3, H, W)."""
+    n, width = len(x), x.shape[3]
+    columns = (th.arange(width) + th.randint(width, (n, 1))) % width  # (N, W)
+    x = x.gather(3, columns[:, None, None].expand_as(x))
+    return x * (1 + 0.1 * th.randn(n, 1, 1, 1)) + 0.1 * th.randn(n, 1, 1, 1)
 
 
-@th.no_grad()
-def judge(model: UserClassifier, pixels: np.ndarray, batch: int = 256) -> Judgement:
-    """What the classifier says of images (N, H, W, 3) uint8."""
-    features = th.cat([model.features(to_tensor(part)) for part in np.array_split(pixels, -(-len(pixels) // batch))])
-    return Judgement(model.head(features).argmax(1).numpy(), features.numpy())
+def _batches(n: int, size: int, steps: int):
+    """`steps` batches of `size` indices below n: one shuffled pass after another."""
+    order = th.empty(0, dtype=th.long)
+    for _ in range(steps):
+        if len(order) < size:
+            order = th.cat([order, th.randperm(n)])
+        yield order[:size]
+        order = order[size:]

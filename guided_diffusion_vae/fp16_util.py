@@ -4,34 +4,38 @@ In float32 the masters are the parameters themselves. In float16 they are two fl
 all vectors end to end, shape (N,), and all matrices and kernels end to end, shape (1, N).
 """
 
+from collections.abc import Iterable
+
 import torch as th
 import torch.nn as nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import logger
 
+Named = list[tuple[str, th.Tensor]]
+GroupsAndShapes = list[tuple[Named, int | tuple[int, ...]]]
+
 INITIAL_LOG_LOSS_SCALE = 20.0
 LOWEST_LOG_LOSS_SCALE = -10.0  # below this no gradient is worth scaling: the run has diverged
-OVERFLOWS_IN_A_ROW = 50  # from 2^20 to 2^-10 takes 30 in a row that find nothing finite
+OVERFLOWS_IN_A_ROW = 50  # from 2^20 to the lowest takes 31 that find nothing finite; a scale that has grown, more
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is not finite and lowering the loss scale does not help. Exit code 4."""
 
 
-def convert_module_to_f16(layer):
+def convert_module_to_f16(layer: nn.Module) -> None:
     """Halve the weights of a convolution; other layers stay float32."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer.half()
 
 
-def convert_module_to_f32(layer):
+def convert_module_to_f32(layer: nn.Module) -> None:
     """Undo `convert_module_to_f16`."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         layer.float()
 
 
-def get_param_groups_and_shapes(named_model_params):
+def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, th.Tensor]]) -> GroupsAndShapes:
     """[(named vectors, (-1,)), (named matrices, (1, -1))], in order."""
     named = list(named_model_params)
     vectors = [(name, param) for name, param in named if param.ndim <= 1]
@@ -39,46 +43,59 @@ def get_param_groups_and_shapes(named_model_params):
     return [(vectors, (-1)), (matrices, (1, -1))]
 
 
-def make_master_params(param_groups_and_shapes):
+def make_master_params(param_groups_and_shapes: GroupsAndShapes) -> list[nn.Parameter]:
     """The flat float32 masters of both groups."""
     return [
-        nn.Parameter(_flatten_dense_tensors([param.detach().float() for _, param in group]).view(shape))
+        nn.Parameter(th.cat([param.detach().float().flatten() for _, param in group]).view(shape))
         for group, shape in param_groups_and_shapes
     ]
 
 
-def model_grads_to_master_grads(param_groups_and_shapes, master_params):
+def model_grads_to_master_grads(param_groups_and_shapes: GroupsAndShapes, master_params: list[nn.Parameter]) -> None:
     """Copy the gradients of the model into those of the masters; a missing one counts as zero."""
-    for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
-        master.grad = _flatten_dense_tensors([param_grad_or_zeros(param).float() for _, param in group]).view(shape)
+    for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+        master.grad = th.zeros_like(master)
+        views = unflatten_master_params(group, master.grad)
+        pairs = [(view, param.grad) for view, (_, param) in zip(views, group, strict=True) if param.grad is not None]
+        _copy_all(pairs)
 
 
-def master_params_to_model_params(param_groups_and_shapes, master_params):
+def master_params_to_model_params(param_groups_and_shapes: GroupsAndShapes, master_params: list[nn.Parameter]) -> None:
     """Copy the masters into the model."""
     for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
-        for (_, param), values in zip(group, unflatten_master_params(group, master.view(-1)), strict=True):
-            param.detach().copy_(values)
+        values = unflatten_master_params(group, master.detach())
+        _copy_all([(param.detach(), value) for (_, param), value in zip(group, values, strict=True)])
 
 
-def unflatten_master_params(param_group, master_param):
-    """The masters of one group, in the shapes of its parameters."""
-    return _unflatten_dense_tensors(master_param.view(-1), [param for _, param in param_group])
+def _copy_all(pairs: list[tuple[th.Tensor, th.Tensor]]) -> None:
+    """target <- source, for all pairs in few kernels, whatever their dtypes."""
+    if pairs:
+        targets, sources = zip(*pairs, strict=True)
+        th._foreach_copy_(targets, sources)
 
 
-def master_params_to_state_dict(model, param_groups_and_shapes, master_params, use_fp16):
+def unflatten_master_params(param_group: Named, master_param: th.Tensor) -> list[th.Tensor]:
+    """The masters of one group, in the shapes of its parameters: views, not copies."""
+    parts = master_param.view(-1).split([param.numel() for _, param in param_group])
+    return [part.view(param.shape) for part, (_, param) in zip(parts, param_group, strict=True)]
+
+
+def master_params_to_state_dict(
+    model: nn.Module, param_groups_and_shapes: GroupsAndShapes | None, master_params: list, use_fp16: bool
+) -> dict[str, th.Tensor]:
     """A float32 state_dict of the model with the masters' values."""
     state_dict = model.state_dict()
     if use_fp16:
         for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
-            for (name, _), values in zip(group, unflatten_master_params(group, master.view(-1)), strict=True):
-                state_dict[name] = values.detach()
+            for (name, _), values in zip(group, unflatten_master_params(group, master.detach()), strict=True):
+                state_dict[name] = values
     else:
         for (name, _), param in zip(model.named_parameters(), master_params, strict=True):
             state_dict[name] = param.detach()
     return state_dict
 
 
-def state_dict_to_master_params(model, state_dict, use_fp16):
+def state_dict_to_master_params(model: nn.Module, state_dict: dict[str, th.Tensor], use_fp16: bool) -> list[th.Tensor]:
     """The masters that a state_dict of the model holds."""
     if use_fp16:
         named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
@@ -86,24 +103,24 @@ def state_dict_to_master_params(model, state_dict, use_fp16):
     return [state_dict[name] for name, _ in model.named_parameters()]
 
 
-def zero_master_grads(master_params):
+def zero_master_grads(master_params: Iterable[th.Tensor]) -> None:
     """Drop the gradients of the masters."""
     for param in master_params:
         param.grad = None
 
 
-def zero_grad(model_params):
+def zero_grad(model_params: Iterable[th.Tensor]) -> None:
     """Drop the gradients of the model."""
     for param in model_params:
         param.grad = None
 
 
-def param_grad_or_zeros(param):
+def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:
     """A parameter's gradient, or zeros if it has none."""
     return th.zeros_like(param) if param.grad is None else param.grad.detach()
 
 
-def check_overflow(value):
+def check_overflow(value: float) -> bool:
     """Whether a number is infinite or not a number."""
     return value in (float("inf"), -float("inf")) or value != value
 
@@ -130,11 +147,11 @@ class MixedPrecisionTrainer:
         """Drop the gradients of the model."""
         zero_grad(self.model_params)
 
-    def backward(self, loss):
+    def backward(self, loss: th.Tensor) -> None:
         """Backward through the (scaled) loss."""
         (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
 
-    def optimize(self, opt):
+    def optimize(self, opt: th.optim.Optimizer) -> bool:
         """Take the optimizer's step unless gradients overflowed; whether it was taken.
 
         Raises:
@@ -146,14 +163,13 @@ class MixedPrecisionTrainer:
         logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
         model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
         grad_norm, param_norm = self._compute_norms(grad_scale=2**self.lg_loss_scale)
-        if check_overflow(grad_norm.item()):
+        if check_overflow(grad_norm.item()):  # the one wait for the device
             self._back_off()
             return False
         self.overflows = 0
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
-        for param in self.master_params:
-            param.grad.mul_(1.0 / 2**self.lg_loss_scale)
+        th._foreach_mul_([param.grad for param in self.master_params], 1.0 / 2**self.lg_loss_scale)
         opt.step()
         zero_master_grads(self.master_params)
         master_params_to_model_params(self.param_groups_and_shapes, self.master_params)

@@ -155,7 +155,6 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 self.model,
                 device_ids=[dist_util.dev().index] if self.sync_cuda else None,
-                broadcast_buffers=False,
                 bucket_cap_mb=128,
                 find_unused_parameters=False,
             )

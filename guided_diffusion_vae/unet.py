@@ -141,7 +141,7 @@ class QKVAttentionLegacy(nn.Module):
         self.n_heads = n_heads
 
     def forward(self, qkv):
-        return _attend(qkv.unflatten(1, (self.n_heads, 3, -1)).unbind(2))
+        return _attend(qkv.unflatten(1, (self.n_heads, 3, -1)), 2)
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -156,16 +156,16 @@ class QKVAttention(nn.Module):
         self.n_heads = n_heads
 
     def forward(self, qkv):
-        return _attend(qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1))
+        return _attend(qkv.unflatten(1, (3, self.n_heads, -1)), 1)
 
     @staticmethod
     def count_flops(model, _x, y):
         return count_flops_attn(model, _x, y)
 
 
-def _attend(qkv):
-    """softmax(q k / sqrt(d)) v of (q, k, v), each (N, H, d, T); returns (N, H * d, T)."""
-    q, k, v = (part.transpose(-1, -2) for part in qkv)
+def _attend(qkv, part):
+    """softmax(q k / sqrt(d)) v of q, k, v along dimension `part` of (N, ., ., d, T); returns (N, H * d, T)."""
+    q, k, v = qkv.transpose(-1, -2).contiguous().unbind(part)  # fused kernels want d innermost; else T^2 memory
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
 
 
@@ -221,6 +221,13 @@ class AttentionPool2d(nn.Module):
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x):
+        """x: (N, C, H, W) of the side it was made for. Raises ValueError for another."""
+        if x[0, 0].numel() != self.positional_embedding.shape[1] - 1:
+            raise ValueError(
+                f"attention pooling was made for {self.positional_embedding.shape[1] - 1} positions and sees"
+                f" {' x '.join(map(str, x.shape[2:]))}: --image_size must be that of its training,"
+                " or take --classifier_pool adaptive"
+            )
         x = x.flatten(2)
         x = th.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)
         x = x + self.positional_embedding[None].to(x.dtype)
@@ -393,7 +400,7 @@ class UNetModel(_Backbone):
     def _torso(self):
         return [*super()._torso(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None):
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         """Predict from x (N, C, ...), timesteps (N,) and, if class-conditional, labels y (N,)."""
         assert (y is not None) == (self.num_classes is not None), (
             "must specify y if and only if the model is class-conditional"
@@ -417,7 +424,7 @@ class SuperResModel(UNetModel):
     def __init__(self, image_size, in_channels, *args, **kwargs):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
 
-    def forward(self, x, timesteps, low_res=None, **kwargs):
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor | None = None, **kwargs) -> th.Tensor:
         """low_res: (N, C, h, w)."""
         upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
         return super().forward(th.cat([x, upsampled], dim=1), timesteps, **kwargs)
@@ -493,7 +500,7 @@ class EncoderUNetModel(_Backbone):
                 f"Unexpected {pool} pooling; --classifier_pool is adaptive, attention, spatial, spatial_v2"
             )
 
-    def forward(self, x, timesteps):
+    def forward(self, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
         """Logits (N, out_channels) of x (N, C, ...) at timesteps (N,)."""
         self._check_size(x)
         emb = self._embed(timesteps)

@@ -6,36 +6,38 @@ from helpers import golden, script
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from evaluations import statistics
-from evaluations.user_classifier import judge, train_classifier
+from evaluations import manifold, statistics
+from evaluations.user_classifier import train_user_classifier
 
 
 def test_gaussians_with_a_known_distance():
     """Commuting covariances: |dmu|^2 + sum (s1 - s2)^2."""
     a, b = np.diag([1.0, 4.0]), np.diag([9.0, 16.0])
-    assert statistics.frechet_distance([0, 0], a, [3, 4], b) == pytest.approx(25 + 4 + 4)
+    assert statistics.gaussian_frechet_distance(np.zeros(2), a, np.array([3.0, 4.0]), b) == pytest.approx(25 + 4 + 4)
 
 
 def test_covariances_that_do_not_commute():
     rng = np.random.RandomState(0)
     a, b = (m @ m.T for m in rng.randn(2, 5, 5))
     wanted = np.trace(a + b - 2 * sqrtm(a @ b).real)
-    assert statistics.frechet_distance(np.zeros(5), a, np.zeros(5), b) == pytest.approx(wanted, rel=1e-9)
+    assert statistics.gaussian_frechet_distance(np.zeros(5), a, np.zeros(5), b) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_set_against_itself_is_zero_even_if_its_covariance_is_singular():
     features = np.random.RandomState(0).randn(20, 50)
-    with pytest.warns(UserWarning, match="biased: 20 samples for 50 features"):
-        assert abs(statistics.frechet_distance_of(features, features)) < 1e-5
+    with pytest.warns(UserWarning, match="50 features is biased, n=20"):
+        assert abs(statistics.frechet_distance(features, features)) < 1e-5
 
 
-def test_the_official_evaluators_fid():
+def test_the_official_evaluators_numbers():
     data, wanted = golden("evaluator_features.npz"), golden("evaluator_features.json")
-    names = sorted(data.files)
-    ref = next(n for n in names if "ref" in n and "pool" in n or n in ("ref_pool", "pool_ref"))
-    fake = next(n for n in names if ("sample" in n or "fake" in n) and "pool" in n)
-    fid = next(value for key, value in wanted.items() if key.lower() == "fid")
-    assert statistics.frechet_distance_of(data[ref], data[fake]) == pytest.approx(fid, rel=1e-6)
+    ref, fake = data["ref_pool"], data["sample_pool"]
+    assert statistics.frechet_distance(ref, fake) == pytest.approx(wanted["FID"], rel=1e-6)
+    found = manifold.fidelity(ref, fake)
+    assert (found.precision, found.recall) == (
+        pytest.approx(wanted["Precision"], abs=1e-3),
+        pytest.approx(wanted["Recall"], abs=1e-3),
+    )
 
 
 def test_the_kernel_distance_is_unbiased():
@@ -47,9 +49,9 @@ def test_the_kernel_distance_is_unbiased():
 
 def test_manifolds_that_coincide_and_that_are_apart():
     points = np.random.RandomState(0).randn(50, 4)
-    same = statistics.manifold(points, points)
+    same = manifold.fidelity(points, points)
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
-    assert statistics.manifold(points, points + 100) == (0, 0, 0, 0)
+    assert manifold.fidelity(points, points + 100) == (0, 0, 0, 0)
 
 
 def stripes(rng, n):
@@ -64,9 +66,9 @@ def stripes(rng, n):
 def test_the_classifier_learns_and_is_the_same_for_the_same_seed():
     rng = np.random.RandomState(0)
     (train_x, train_y), (test_x, test_y) = stripes(rng, 60), stripes(rng, 30)
-    a, b = (train_classifier(train_x, train_y, num_users=3, epochs=15, seed=1) for _ in range(2))
-    assert (judge(a, test_x).predicted == test_y).mean() > 0.9
-    assert np.array_equal(judge(a, test_x).features, judge(b, test_x).features)
+    a, b = (train_user_classifier(train_x, train_y, 3, seed=1) for _ in range(2))
+    assert (a.judge(test_x).users == test_y).mean() > 0.9
+    assert np.array_equal(a.judge(test_x).features, b.judge(test_x).features)
 
 
 def test_the_script_reports_floor_and_ceiling(tmp_path):
@@ -82,8 +84,9 @@ def test_the_script_reports_floor_and_ceiling(tmp_path):
     flags = ["--real_dir", tmp_path / "train", "--heldout_dir", tmp_path / "test", "--out_dir", tmp_path / "report"]
     done = script("evaluate_samples.py", *flags, "--samples", tmp_path / "samples.npz")
     numbers = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert numbers["user_accuracy"]["chance (floor)"] == pytest.approx(1 / 3)
-    assert numbers["FD_user_to_held_out"]["noise (ceiling)"] > numbers["FD_user_to_held_out"]["generated"]
+    rows = numbers["rows"]
+    assert rows["generated"]["fd_user"] < rows["real, pixels shuffled"]["fd_user"]
+    assert rows["generated"]["user_accuracy"] > 0.8
     assert "feature space: " in done.stdout and "FID" not in done.stdout
     assert Image.open(tmp_path / "report" / "comparison.png").width > 6 * 32
     done = script("evaluate_samples.py", *flags, "--samples", tmp_path / "nothing.npz", check=False)

@@ -159,11 +159,16 @@ def test_who_walks_away_is_below_zero():
 
 def test_the_script_writes_sessions_apart_and_says_the_truth(tmp_path):
     """Whatever the number of processes, the same files; an interrupted run makes only what is missing."""
-    flags = ["--num_users", 2, "--train_images", 2, "--val_images", 1, "--test_images", 1, "--image_size", 32]
-    for workers in (1, 2):
-        script("simulate_microdoppler.py", "--out_dir", tmp_path / str(workers), "--workers", workers, *flags)
-    again = script("simulate_microdoppler.py", "--out_dir", tmp_path / "1", *flags, "--seed", 1, check=False)
-    assert again.returncode == 2 and "--seed is 1" in again.stderr  # never a folder of two seeds with one manifest
+    settings = {"num_users": 2, "train_images": 2, "val_images": 1, "test_images": 1, "image_size": 32}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    script("simulate_microdoppler.py", "--out_dir", tmp_path / "2", "--workers", 2, *flags)
+    config = SimulationConfig(out_dir=str(tmp_path / "1"), workers=1, **settings)
+    microdoppler.simulate_dataset(config)
+    file = tmp_path / "1" / "train" / "user_01" / "user_01_s01_0001.png"
+    before = file.read_bytes()
+    file.unlink()
+    microdoppler.simulate_dataset(config)
+    assert file.read_bytes() == before
     rows = list(csv.DictReader((tmp_path / "1" / "manifest.csv").open()))
     assert len(rows) == 8
     sessions = {split: {row["session"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
@@ -182,6 +187,24 @@ def test_the_script_writes_sessions_apart_and_says_the_truth(tmp_path):
 def test_bad_settings_name_the_flag(field, value):
     with pytest.raises((UserError, ValueError), match=f"--{field}"):
         SimulationConfig(**{field: value})
+
+
+def test_a_folder_holds_the_pictures_of_one_setting(tmp_path):
+    """Else the pictures of one seed would stand under the manifest of another."""
+    out_dir = str(tmp_path / "set")
+    microdoppler.claim_folder(SimulationConfig(out_dir=out_dir, workers=1))
+    microdoppler.claim_folder(SimulationConfig(out_dir=out_dir, workers=2))  # the same pictures
+    with pytest.raises(UserError, match="--seed is 1, but .* made with 0"):
+        microdoppler.claim_folder(SimulationConfig(out_dir=out_dir, seed=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        microdoppler.claim_folder(SimulationConfig(out_dir=str(tmp_path / "file")))
+
+
+def test_refining_keeps_what_is_straight_or_bent():
+    """Catmull-Rom is exact for a parabola, and starts at the second instant."""
+    coarse, fine = np.arange(10.0), 1 + np.arange(35) / 5
+    assert microdoppler.refine(2 * coarse**2 - coarse, 5) == pytest.approx(2 * fine**2 - fine)
 
 
 def test_nothing_to_simulate_is_an_error():

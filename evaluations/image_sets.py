@@ -1,0 +1,104 @@
+"""What is compared: real images from folders, generated ones from the sampler's .npz or its folder of PNGs.
+
+All sets are numbered by the class list of the real training folder. Real images are brought to the size of the
+generated ones (centre cropped, then averaged over the area of a pixel), as the generator saw them.
+"""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.data.image_folder import list_images, read_rgb
+
+
+class ImageSet(NamedTuple):
+    """Images uint8 (N, H, W, 3), the class of each (N,), and the names of the classes; both None if unlabelled."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def take(self, index) -> "ImageSet":
+        """The images at these places."""
+        labels = None if self.labels is None else self.labels[index]
+        return ImageSet(self.pixels[index], labels, self.class_names)
+
+
+def read_folder(folder, flag: str, size: tuple[int, int] | None = None) -> ImageSet:
+    """Read a folder of images, one subfolder a user (or upstream's `name_rest.png`).
+
+    Args:
+        flag: what an error calls the folder.
+        size: (height, width) that all images are brought to; None takes the first image's.
+    Raises:
+        UserError: no folder, no images, or one that cannot be read.
+    """
+    try:
+        found = list_images(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--data_dir", flag)) from error
+    height, width = size or read_rgb(found.paths[0]).size[::-1]
+    box = Image.Resampling.BOX
+    images = [np.asarray(ImageOps.fit(read_rgb(path), (width, height), method=box)) for path in found.paths]
+    return ImageSet(np.stack(images), np.array(found.labels), found.class_names)
+
+
+def read_samples(path) -> ImageSet:
+    """Read generated images: an .npz with arr_0 (and arr_1, their labels), or a folder of images.
+
+    Raises:
+        UserError: neither, or arr_0 is not uint8 (N, H, W, 3), or the labels do not fit it.
+    """
+    if not path:
+        raise UserError("--samples is empty; give the .npz or the folder of PNGs that image_sample_vae.py wrote")
+    if Path(path).is_dir():
+        return read_folder(path, "--samples")
+    pixels, labels = _read_npz(path)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
+        raise UserError(
+            f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}; it must be uint8 (N, height, width, 3)"
+        )
+    if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(
+            f"--samples {path}: arr_1 is {labels.dtype} {labels.shape}; it must be one integer an image ({len(pixels)})"
+        )
+    return ImageSet(pixels, labels, None)
+
+
+def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive["arr_0"], archive["arr_1"] if "arr_1" in archive else None
+    except FileNotFoundError as error:
+        raise UserError(f"--samples {path} does not exist") from error
+    except KeyError as error:
+        raise UserError(f"--samples {path} has no array arr_0; was it written by image_sample_vae.py?") from error
+    except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--samples {path} is not a readable .npz file ({error})") from error
+
+
+def renumber(images: ImageSet, class_names: list[str], flag: str) -> ImageSet:
+    """The set with labels that are places in `class_names`; a set whose classes are all unknown is unlabelled.
+
+    Raises:
+        UserError: some classes are known and others not, or a label is no place in the list.
+    """
+    if images.labels is None:
+        return images._replace(class_names=None)
+    if images.class_names is None:
+        low, high = images.labels.min(), images.labels.max()
+        if low < 0 or high >= len(class_names):
+            raise UserError(f"{flag} has labels {low} to {high}, but --real_dir has {len(class_names)} users")
+        return images._replace(class_names=class_names)
+    unknown = [name for name in images.class_names if name not in class_names]
+    if len(unknown) == len(images.class_names):
+        return images._replace(labels=None, class_names=None)
+    if unknown:
+        raise UserError(f"{flag} has the user {unknown[0]}, who is not in --real_dir ({len(unknown)} such users)")
+    place = np.array([class_names.index(name) for name in images.class_names])
+    return ImageSet(images.pixels, place[images.labels], class_names)
