@@ -8,7 +8,7 @@ Kernel distance (KID), which is unbiased, so that it may be below 0:
 
     KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j),   k(a, b) = (a.b / d + 1)^3
 
-All in float64. FD grows as N shrinks, by an amount that depends on the clouds: compare it only with an FD at the same N.
+All in float64. FD grows as N shrinks, by an amount that depends on the clouds: compare it only at the same N.
 """
 
 import warnings

@@ -38,8 +38,7 @@ class UserClassifier(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             *_conv(3, width // 2, 5, stride=2),
-            *_conv(width // 2, width, 3),
-            nn.MaxPool2d((2, 1)),
+            *_conv(width // 2, width, 3, stride=(2, 1)),
             *_conv(width, width, 3),
             nn.Conv2d(width, maps, 1),
         )
@@ -73,7 +72,7 @@ class UserClassifier(nn.Module):
         return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+def _conv(channels: int, out: int, kernel: int, stride=1) -> list[nn.Module]:
     conv = nn.Conv2d(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(out), nn.ReLU()]
 
@@ -92,13 +91,13 @@ def train_user_classifier(
     Args:
         pixels: uint8 (N, H, W, 3); users: int (N,) in [0, num_users).
     """
-    x = to_input(pixels)
+    x = to_input(pixels).contiguous(memory_format=th.channels_last)  # a third faster on a CPU
     y = th.as_tensor(users, dtype=th.long)
     batch = min(BATCH, len(x))
     steps = max(MIN_STEPS, epochs * len(x) // batch)
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
-        model = UserClassifier(num_users).train()
+        model = UserClassifier(num_users).to(memory_format=th.channels_last).train()
         optimiser = th.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = th.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
         for chosen in tqdm(

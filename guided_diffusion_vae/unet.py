@@ -165,7 +165,10 @@ class QKVAttention(nn.Module):
 
 def _attend(qkv, part):
     """softmax(q k / sqrt(d)) v of q, k, v along dimension `part` of (N, ., ., d, T); returns (N, H * d, T)."""
-    q, k, v = qkv.transpose(-1, -2).contiguous().unbind(part)  # fused kernels want d innermost; else T^2 memory
+    rows = qkv.transpose(-1, -2)
+    if rows.is_cuda:
+        rows = rows.contiguous()  # fused kernels want d innermost; on CPU they would sum in another order than upstream
+    q, k, v = rows.unbind(part)
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
 
 

@@ -9,7 +9,8 @@ the judge of identity and the feature space. Prints a table; writes report.json 
 from pathlib import Path
 
 from evaluations.image_sets import read_folder, read_samples, renumber
-from evaluations.report import EvaluationConfig, comparison, evaluate, save_picture
+from evaluations.measure import EvaluationConfig, evaluate
+from evaluations.report import comparison, save_picture
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 

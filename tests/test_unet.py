@@ -401,7 +401,8 @@ def refusal(made, given):
 def remedy_of(message):
     """The flags that a message says to give, as values."""
     words = dict(re.findall(r"--(\w+) (\S+?)(?=, --|$)", message.partition(": give ")[2]))
-    return {name: value if name == "channel_mult" else ast.literal_eval(value) for name, value in words.items()}
+    texts = {name for name, default in DEFAULTS.items() if isinstance(default, str)}
+    return {name: value.strip('"') if name in texts else ast.literal_eval(value) for name, value in words.items()}
 
 
 @pytest.mark.parametrize(
@@ -416,6 +417,7 @@ def remedy_of(message):
         {"use_scale_shift_norm": False},
         {"num_channels": 64, "num_res_blocks": 2, "learn_sigma": True, "resblock_updown": True},
         {"attention_resolutions": "32"},
+        {"attention_resolutions": "64,32", "num_channels": 64},
     ],
     ids=lambda made: ",".join(made),
 )
@@ -432,6 +434,18 @@ def test_levels_that_come_from_the_table_are_named_too():
     """`--channel_mult` left empty means four levels at 64; the checkpoint has two."""
     given = BASE | {"channel_mult": ""}
     assert remedy_of(refusal(BASE | {"num_channels": 64}, given)) == {"num_channels": 64, "channel_mult": "1,2"}
+
+
+def test_attention_that_only_the_given_flags_have_is_turned_off():
+    message = refusal(BASE, BASE | {"attention_resolutions": "32"})
+    assert message.endswith(': give --attention_resolutions ""')
+
+
+def test_another_number_of_classes_is_a_matter_of_the_data():
+    """No flag says how many classes there are, so none is named."""
+    users = BASE | {"class_cond": True}
+    message = refusal(users | {"num_classes": 31}, users)
+    assert "(label_emb.weight differ): give data with 31 classes" in message and "--" not in message
 
 
 def test_a_remedy_is_made_of_flags_that_exist():
