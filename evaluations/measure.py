@@ -86,8 +86,8 @@ def evaluate(
         for name in ROWS
     }
     about = {
-        "feature_space": f"{judged[OTHER].features.shape[1]} penultimate activations of a user classifier trained here"
-        f" on {len(learned)} real images (not Inception: comparable only within this report)",
+        "feature_space": f"the {judged[OTHER].features.shape[1]} penultimate activations of the judge, a user"
+        f" classifier trained here on {len(learned)} real images; compare within this report only",
         "judge": judge.fingerprint(),
         "judge_seconds": round(seconds, 1),
         "judge_parameters": sum(p.numel() for p in judge.parameters()),

@@ -21,7 +21,7 @@ SIZE = 64  # side of the pictures that the judge sees
 FREQUENCIES = 12  # of the 17 that 32 columns have: gait has its power in the lowest, noise in the rest
 BATCH = 32
 CHUNK = 256  # images at a time where nothing is learned
-MIN_STEPS = 200  # however few the images
+MIN_STEPS = 120  # however few the images
 
 
 class Judgement(NamedTuple):

@@ -12,6 +12,7 @@ drawn in upstream's order: x_T first, then one tensor like x at every step, even
 import collections
 import enum
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch as th
@@ -19,12 +20,16 @@ import torch as th
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 
+Model = Callable[..., th.Tensor]  # (x, t, **model_kwargs) -> prediction; a cond_fn gives a gradient
+Unary = Callable[[th.Tensor], th.Tensor]  # x -> something like x
+Terms = dict[str, th.Tensor]
+
 
 class UnknownName(NotImplementedError, ValueError):
     """A name that is not in the table: upstream's NotImplementedError, and the user's mistake."""
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """The betas of a named schedule: float64 (T,).
 
     linear: from 0.0001 s to 0.02 s, s = 1000 / T (Ho et al. 2020, scaled to any T; T >= 20).
@@ -46,7 +51,9 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     raise UnknownName(f"unknown beta schedule: {schedule_name}; --noise_schedule is linear or cosine")
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """beta_i = min(1 - abar((i + 1) / T) / abar(i / T), max_beta): float64 (T,)."""
     T = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) for i in range(T)])
@@ -77,7 +84,7 @@ class LossType(enum.Enum):
     KL = enum.auto()
     RESCALED_KL = enum.auto()
 
-    def is_vb(self):
+    def is_vb(self) -> bool:
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -94,12 +101,12 @@ class GaussianDiffusion:
     def __init__(
         self,
         *,
-        betas,
-        model_mean_type,
-        model_var_type,
-        loss_type,
-        rescale_timesteps=False,
-        likelihood="discretized",
+        betas: np.ndarray,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+        likelihood: str = "discretized",
     ):
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps, self.likelihood = rescale_timesteps, likelihood
@@ -128,6 +135,8 @@ class GaussianDiffusion:
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(abar_prev) / (1.0 - abar)
         self.posterior_mean_coef2 = (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar)
+        self._recip_mean_coef1 = 1.0 / self.posterior_mean_coef1
+        self._mean_coef2_over_coef1 = self.posterior_mean_coef2 / self.posterior_mean_coef1
 
         # the fixed variances of p
         self._large_variance = np.append(first, betas[1:])
@@ -144,14 +153,14 @@ class GaussianDiffusion:
 
     # ---- q: from data to noise
 
-    def q_mean_variance(self, x_start, t):
+    def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0); equation 4 of Ho et al."""
         shape = x_start.shape
         mean = self._at("sqrt_alphas_cumprod", t, shape) * x_start
         variance = 1.0 - self._at("alphas_cumprod", t, shape)
         return mean, variance.expand(shape), self._at("log_one_minus_alphas_cumprod", t, shape).expand(shape)
 
-    def q_sample(self, x_start, t, noise=None):
+    def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
         noise = th.randn_like(x_start) if noise is None else noise
         assert noise.shape == x_start.shape
@@ -160,7 +169,9 @@ class GaussianDiffusion:
         )
         return scale * x_start + sigma * noise
 
-    def q_posterior_mean_variance(self, x_start, x_t, t):
+    def q_posterior_mean_variance(
+        self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0); equation 7 of Ho et al."""
         assert x_start.shape == x_t.shape
         shape = x_t.shape
@@ -170,7 +181,15 @@ class GaussianDiffusion:
 
     # ---- p: from noise to data
 
-    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        model_kwargs: dict | None = None,
+    ) -> Terms:
         """The network's p(x_{t-1} | x_t) and its guess of x_0.
 
         Args:
@@ -226,9 +245,8 @@ class GaussianDiffusion:
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         assert x_t.shape == xprev.shape
-        coef1 = _extract_into_tensor(1.0 / self.posterior_mean_coef1, t, x_t.shape)
-        ratio = _extract_into_tensor(self.posterior_mean_coef2 / self.posterior_mean_coef1, t, x_t.shape)
-        return coef1 * xprev - ratio * x_t
+        scale, ratio = (self._at(name, t, x_t.shape) for name in ("_recip_mean_coef1", "_mean_coef2_over_coef1"))
+        return scale * xprev - ratio * x_t
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
         scale, sigma = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t.shape) for name in ("recip", "recipm1"))
@@ -239,12 +257,16 @@ class GaussianDiffusion:
 
     # ---- guidance by a gradient
 
-    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+    def condition_mean(
+        self, cond_fn: Model, p_mean_var: Terms, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
+    ) -> th.Tensor:
         """mu + Sigma g with g = cond_fn(x_t, t), the gradient of a log-probability (Sohl-Dickstein et al. 2015)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
-    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+    def condition_score(
+        self, cond_fn: Model, p_mean_var: Terms, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
+    ) -> Terms:
         """eps - sqrt(1 - abar) g, and the x_0 and mean that follow from it (Song et al. 2020, for DDIM)."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
@@ -256,8 +278,16 @@ class GaussianDiffusion:
     # ---- ancestral sampling
 
     def p_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, noise_like=None
-    ):
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        noise_like: Unary | None = None,
+    ) -> Terms:
         """One step x_t -> x_{t-1}; dict of `sample` and `pred_xstart` (not guided).
 
         Args:
@@ -271,17 +301,17 @@ class GaussianDiffusion:
 
     def p_sample_loop(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        noise_like=None,
-    ):
+        model: Model,
+        shape: Sequence[int],
+        noise: th.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        device: th.device | str | None = None,
+        progress: bool = False,
+        noise_like: Unary | None = None,
+    ) -> th.Tensor:
         """Sample x_0 by T ancestral steps from `noise`, or from fresh noise of this shape."""
         steps = self.p_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_like
@@ -290,17 +320,17 @@ class GaussianDiffusion:
 
     def p_sample_loop_progressive(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        noise_like=None,
-    ):
+        model: Model,
+        shape: Sequence[int],
+        noise: th.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        device: th.device | str | None = None,
+        progress: bool = False,
+        noise_like: Unary | None = None,
+    ) -> Iterator[Terms]:
         """Yield the dict of `p_sample` after every step, from noise to data."""
 
         def step(x, t):
@@ -328,16 +358,16 @@ class GaussianDiffusion:
 
     def ddim_sample(
         self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        eta=0.0,
-        noise_like=None,
-    ):
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        eta: float = 0.0,
+        noise_like: Unary | None = None,
+    ) -> Terms:
         """One step of equation 12; dict of `sample` and `pred_xstart` (guided). eta 0 is deterministic."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
@@ -349,7 +379,16 @@ class GaussianDiffusion:
         mean = out["pred_xstart"] * th.sqrt(abar_prev) + th.sqrt(1 - abar_prev - sigma**2) * eps
         return {"sample": mean + _nonzero(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        model_kwargs: dict | None = None,
+        eta: float = 0.0,
+    ) -> Terms:
         """One deterministic step toward noise, x_t -> x_{t+1}; dict of `sample` and `pred_xstart`."""
         assert eta == 0.0, "only the deterministic path can be walked back"
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
@@ -360,18 +399,18 @@ class GaussianDiffusion:
 
     def ddim_sample_loop(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        noise_like=None,
-    ):
+        model: Model,
+        shape: Sequence[int],
+        noise: th.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        device: th.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        noise_like: Unary | None = None,
+    ) -> th.Tensor:
         """Sample x_0 by T DDIM steps from `noise`, or from fresh noise of this shape."""
         steps = self.ddim_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, noise_like
@@ -380,18 +419,18 @@ class GaussianDiffusion:
 
     def ddim_sample_loop_progressive(
         self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        noise_like=None,
-    ):
+        model: Model,
+        shape: Sequence[int],
+        noise: th.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Unary | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: dict | None = None,
+        device: th.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        noise_like: Unary | None = None,
+    ) -> Iterator[Terms]:
         """Yield the dict of `ddim_sample` after every step, from noise to data."""
 
         def step(x, t):
@@ -414,7 +453,14 @@ class GaussianDiffusion:
         bits = th.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+    def training_losses(
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        t: th.Tensor,
+        model_kwargs: dict | None = None,
+        noise: th.Tensor | None = None,
+    ) -> Terms:
         """Losses of each sample at its time: dict of `loss` (N,) and, for MSE, `mse` and, if learned, `vb`.
 
         Args:
@@ -452,12 +498,19 @@ class GaussianDiffusion:
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict | None = None,
+        noise_like: Unary | None = None,
+    ) -> Terms:
         """The whole bound: `total_bpd`, `prior_bpd` (N,); `vb`, `xstart_mse`, `mse` (N, T), columns from T - 1 to 0."""
         vb, xstart_mse, mse = [], [], []
         for i in range(self.num_timesteps)[::-1]:
             t = th.full((x_start.shape[0],), i, dtype=th.long, device=x_start.device)
-            noise = th.randn_like(x_start)
+            noise = (noise_like or th.randn_like)(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
             with th.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
@@ -481,5 +534,5 @@ def _last(steps):
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
     """Entry `timesteps` of a numpy table as float32, expanded to a shape (upstream's helper, kept for its callers)."""
-    found = th.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    found = th.from_numpy(arr).float().to(timesteps.device)[timesteps]
     return found.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

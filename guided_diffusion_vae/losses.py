@@ -6,7 +6,9 @@ import numpy as np
 import torch as th
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2):
+def normal_kl(
+    mean1: th.Tensor | float, logvar1: th.Tensor | float, mean2: th.Tensor | float, logvar2: th.Tensor | float
+) -> th.Tensor:
     """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)), element by element, in nats.
 
         1/2 (-1 + l2 - l1 + e^(l1 - l2) + (m1 - m2)^2 e^(-l2))
@@ -19,12 +21,14 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * th.exp(-logvar2))
 
 
-def approx_standard_normal_cdf(x):
+def approx_standard_normal_cdf(x: th.Tensor) -> th.Tensor:
     """The tanh approximation of the normal distribution function (Page 1977)."""
     return 0.5 * (1.0 + th.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * th.pow(x, 3))))
 
 
-def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+def discretized_gaussian_log_likelihood(
+    x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor
+) -> th.Tensor:
     """Log-probability of 8-bit data under a Gaussian: the mass of each value's bin, in nats.
 
     Args:
@@ -39,6 +43,6 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     return th.log(th.where(x < -0.999, cdf_plus, inside).clamp(min=1e-12))
 
 
-def gaussian_log_likelihood(x, *, means, log_scales):
+def gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor) -> th.Tensor:
     """Log-density of continuous data, such as latents, under a Gaussian, in nats."""
     return -0.5 * ((x - means) * th.exp(-log_scales)) ** 2 - log_scales - 0.5 * math.log(2 * math.pi)

@@ -1,6 +1,7 @@
 """Small pieces that every network here is made of."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch as th
 import torch.nn as nn
@@ -22,17 +23,17 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.float()).type(x.dtype)
 
 
-def conv_nd(dims, *args, **kwargs):
+def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
     """A 1-, 2- or 3-dimensional convolution."""
     return _of_dims(dims, nn.Conv1d, nn.Conv2d, nn.Conv3d)(*args, **kwargs)
 
 
-def linear(*args, **kwargs):
+def linear(*args, **kwargs) -> nn.Linear:
     """A linear layer."""
     return nn.Linear(*args, **kwargs)
 
 
-def avg_pool_nd(dims, *args, **kwargs):
+def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
     """A 1-, 2- or 3-dimensional average pool."""
     return _of_dims(dims, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)(*args, **kwargs)
 
@@ -44,31 +45,33 @@ def _of_dims(dims, *kinds):
 
 
 @th.no_grad()
-def update_ema(target_params, source_params, rate=0.99):
+def update_ema(
+    target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99
+) -> None:
     """target <- rate target + (1 - rate) source, in place, for all tensors at once."""
     target, source = [p.detach() for p in target_params], [p.detach() for p in source_params]
     th._foreach_mul_(target, rate)
     th._foreach_add_(target, source, alpha=1 - rate)
 
 
-def zero_module(module):
+def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero; returns the module."""
     return scale_module(module, 0)
 
 
-def scale_module(module, scale):
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
     """Multiply all parameters of a module; returns the module."""
     for param in module.parameters():
         param.detach().mul_(scale)
     return module
 
 
-def mean_flat(tensor):
+def mean_flat(tensor: th.Tensor) -> th.Tensor:
     """The mean over all dimensions but the first: (N, ...) -> (N,)."""
     return tensor.mean(dim=list(range(1, tensor.ndim)))
 
 
-def normalization(channels):
+def normalization(channels: int) -> GroupNorm32:
     """Group norm with 32 groups.
 
     Raises:
@@ -81,7 +84,7 @@ def normalization(channels):
     return GroupNorm32(32, channels)
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
     """Sinusoidal embedding [cos(t f_k) | sin(t f_k)], f_k = max_period^(-k / half), zero-padded if `dim` is odd.
 
     Args:
@@ -96,7 +99,9 @@ def timestep_embedding(timesteps, dim, max_period=10000):
     return F.pad(th.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-def checkpoint(func, inputs, params, flag):
+def checkpoint(
+    func: Callable[..., th.Tensor], inputs: Sequence[th.Tensor], params: Iterable[th.Tensor], flag: bool
+) -> th.Tensor:
     """func(*inputs); with `flag`, its activations are recomputed in backward instead of kept.
 
     The recomputation sees the same dropout masks and the same autocast as the first pass, and frozen parameters and

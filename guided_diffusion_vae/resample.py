@@ -5,6 +5,7 @@ loss is the uniform one whatever w is (Nichol and Dhariwal 2021, section 3.3).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch as th
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from .gaussian_diffusion import UnknownName
 
 
-def create_named_schedule_sampler(name, diffusion):
+def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
     """A sampler by its name: uniform or loss-second-moment.
 
     Raises:
@@ -29,10 +30,10 @@ class ScheduleSampler(ABC):
     """A distribution over the times of a process."""
 
     @abstractmethod
-    def weights(self):
+    def weights(self) -> np.ndarray:
         """Positive weights (T,), not normalised."""
 
-    def sample(self, batch_size, device, rng=np.random):
+    def sample(self, batch_size: int, device: th.device | str, rng=np.random) -> tuple[th.Tensor, th.Tensor]:
         """Draw times and the weights of their losses: int64 (N,), float32 (N,).
 
         Args:
@@ -41,8 +42,8 @@ class ScheduleSampler(ABC):
         w = self.weights()
         p = w / np.sum(w)
         t = rng.choice(len(p), size=(batch_size,), p=p)
-        weights = 1 / (len(p) * p[t])
-        return th.from_numpy(t).long().to(device), th.from_numpy(weights).float().to(device)
+        times, weights = th.from_numpy(t).long(), th.from_numpy(1 / (len(p) * p[t])).float()
+        return times.to(device, non_blocking=True), weights.to(device, non_blocking=True)  # training does not wait
 
 
 class UniformSampler(ScheduleSampler):
@@ -59,8 +60,11 @@ class UniformSampler(ScheduleSampler):
 class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses."""
 
-    def update_with_local_losses(self, local_ts, local_losses):
-        """Collective: call on every process. Share this process's times and losses (N,), then update alike on all."""
+    def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
+        """Collective: call on every process. Share this process's times and losses (N,), then update alike on all.
+
+        N may differ between processes. Without a process group there is nothing to share.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             self.update_with_all_losses(local_ts.tolist(), local_losses.tolist())
             return
@@ -69,7 +73,7 @@ class LossAwareSampler(ScheduleSampler):
         self.update_with_all_losses(*(sum(part, []) for part in zip(*everyone, strict=True)))
 
     @abstractmethod
-    def update_with_all_losses(self, ts, losses):
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Update from lists of times and losses, identical on all processes."""
 
 
@@ -81,7 +85,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         uniform_prob: share of the uniform distribution mixed in.
     """
 
-    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+    def __init__(self, diffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
         self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
         self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
@@ -105,11 +109,20 @@ class LossSecondMomentResampler(LossAwareSampler):
     def _warmed_up(self):
         return (self._loss_counts == self.history_per_term).all()
 
-    def state_dict(self):
-        """What a checkpoint needs, as tensors."""
-        return {"history": th.from_numpy(self._loss_history), "counts": th.from_numpy(self._loss_counts)}
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """What a checkpoint needs, as tensors of their own."""
+        return {"history": th.tensor(self._loss_history), "counts": th.tensor(self._loss_counts)}
 
-    def load_state_dict(self, state):
-        """Go on from what `state_dict` gave."""
-        self._loss_history[:] = state["history"].numpy()
-        self._loss_counts[:] = state["counts"].numpy()
+    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of a process with another number of steps.
+        """
+        if state["history"].shape != self._loss_history.shape:
+            raise ValueError(
+                f"the checkpoint remembers the losses of {len(state['history'])} steps, this process has"
+                f" {len(self._loss_history)}: give the run's --diffusion_steps and --timestep_respacing"
+            )
+        self._loss_history[:] = state["history"].cpu().numpy()
+        self._loss_counts[:] = state["counts"].cpu().numpy()

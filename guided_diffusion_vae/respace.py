@@ -4,13 +4,15 @@ Keeping times s_0 < s_1 < ... leaves abar at them as it is, so the new betas are
 network still sees the original times.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch as th
 
 from .gaussian_diffusion import GaussianDiffusion
 
 
-def space_timesteps(num_timesteps, section_counts):
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
     """Which of T times to keep: a set of ints.
 
     Args:
@@ -18,12 +20,14 @@ def space_timesteps(num_timesteps, section_counts):
         section_counts: "ddimN" for N times with an integer stride from 0 (the DDIM paper's); or counts, as a list or
             with commas: T is cut into that many nearly equal sections, and each keeps so many evenly spaced times.
     Raises:
-        ValueError: no such stride, a count larger than its section, or no counts at all.
+        ValueError: no such stride, a count below zero or larger than its section, or no counts at all.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _by_stride(num_timesteps, _int(section_counts[4:], section_counts))
         section_counts = [_int(word, section_counts) for word in section_counts.split(",")]
+    if min(section_counts) < 0:
+        raise ValueError(f"--timestep_respacing asks for {min(section_counts)} steps; a section keeps 0 or more")
     base, longer = divmod(num_timesteps, len(section_counts))
     kept, start = set(), 0
     for i, count in enumerate(section_counts):
@@ -64,13 +68,18 @@ class SpacedDiffusion(GaussianDiffusion):
     Args:
         use_timesteps: the times to keep, of the original 0 ... T - 1.
         kwargs: of `GaussianDiffusion`; `betas` are the original ones.
+    Raises:
+        ValueError: no time is kept.
     """
 
-    def __init__(self, use_timesteps, **kwargs):
+    def __init__(self, use_timesteps: Iterable[int], **kwargs):
         self.use_timesteps = set(use_timesteps)
         self.original_num_steps = len(kwargs["betas"])
         abar = np.cumprod(1.0 - np.array(kwargs["betas"], dtype=np.float64))
         self.timestep_map = [i for i in range(self.original_num_steps) if i in self.use_timesteps]
+        if not self.timestep_map:
+            raise ValueError("no step is left: --diffusion_steps and --timestep_respacing must keep at least 1")
+        self._map_on_device = {}
         betas, last = [], 1.0
         for i in self.timestep_map:
             betas.append(1 - abar[i] / last)
@@ -92,26 +101,30 @@ class SpacedDiffusion(GaussianDiffusion):
     def _wrap_model(self, model):
         if isinstance(model, _WrappedModel):
             return model
-        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
+        return _WrappedModel(
+            model, self.timestep_map, self.rescale_timesteps, self.original_num_steps, self._map_on_device
+        )
 
     def _scale_timesteps(self, t):
         return t  # the wrapped model does it
 
 
 class _WrappedModel:
-    """A model, or a cond_fn, that is asked at places among the kept times and sees the original ones."""
+    """A model, or a cond_fn, that is asked at places among the kept times and sees the original ones.
 
-    _maps = {}  # (times, device) -> tensor, so that a sampler does not upload its map at every step
+    Args:
+        map_on_device: the process's store of its map, one tensor per device: uploaded once, not at every step.
+    """
 
-    def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
+    def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps, map_on_device=None):
         self.model, self.timestep_map = model, timestep_map
         self.rescale_timesteps, self.original_num_steps = rescale_timesteps, original_num_steps
+        self.map_on_device = {} if map_on_device is None else map_on_device
 
     def __call__(self, x, ts, **kwargs):
-        key = tuple(self.timestep_map), ts.device
-        if key not in self._maps:
-            self._maps[key] = th.tensor(self.timestep_map, device=ts.device)
-        times = self._maps[key][ts]
+        if ts.device not in self.map_on_device:
+            self.map_on_device[ts.device] = th.tensor(self.timestep_map, device=ts.device)
+        times = self.map_on_device[ts.device][ts]
         if self.rescale_timesteps:
             times = times.float() * (1000.0 / self.original_num_steps)
         return self.model(x, times, **kwargs)

@@ -8,6 +8,7 @@ What is published is the moving average of the weights, with the scale that give
 import json
 import math
 import random
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from . import checkpoint, dist_util, logger
 from .autoencoders.kl import KLAutoencoder, KLConfig
 from .config import UserError
 from .data.image_folder import list_images, read_rgb
-from .image_datasets import BatchStream, mix, slot_randn
+from .fp16_util import TrainingDiverged
+from .image_datasets import BatchStream, slot_randn
 from .nn import update_ema
 
 WARMUP = 50  # steps until the peak learning rate
@@ -39,7 +41,17 @@ class VAEModelConfig:
     mid_attn: bool = False  # attend in the middle; False keeps it fast and indifferent to size
     norm_groups: int = 8  # groups of the norms; 32 in large autoencoders
 
+    def __post_init__(self):
+        for name in ("ch", "num_res_blocks", "z_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ch_mult.replace(" ", "")):
+            raise UserError(f"--ch_mult is {self.ch_mult!r}; give whole numbers with commas, such as 1,2,4")
+        if self.ch % self.norm_groups:
+            raise UserError(f"--ch is {self.ch}, which --norm_groups {self.norm_groups} does not divide")
+
     def build(self) -> KLAutoencoder:
+        """A new network of this configuration."""
         mult = tuple(int(word) for word in self.ch_mult.split(","))
         fields = {**asdict(self), "ch_mult": mult, "embed_dim": self.z_channels}
         return KLAutoencoder(KLConfig(**fields))
@@ -68,9 +80,24 @@ class VAETrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
+    def paths(self) -> list[str]:
+        """All training images.
+
+        Raises:
+            UserError: a folder that is not there, or holds no images.
+        """
+        try:
+            return [path for root in self.data_root.split(",") for path in list_images(root.strip()).paths]
+        except UserError as error:
+            raise UserError(str(error).replace("--data_dir", "--data_root")) from error
+
 
 class RandomCrops(Dataset):
-    """Square crops of images, float32 (3, size, size) in [-1, 1]; smaller images are refused."""
+    """Square crops of images, float32 (3, size, size) in [-1, 1]; held in memory as bytes.
+
+    Raises:
+        UserError: an image that cannot be read, or is smaller than a crop.
+    """
 
     def __init__(self, paths: list[str], size: int):
         self.size = size
@@ -93,13 +120,18 @@ class VAETrainer:
     """One process's training of an autoencoder; a killed run goes on from its last checkpoint with the same bits."""
 
     def __init__(self, model: KLAutoencoder, config: VAETrainConfig):
+        if dist_util.world_size() > 1:
+            raise UserError("vae_train.py trains in one process: start it without mpiexec or torchrun")
+        f = model.config.downsample
+        if config.image_size % f:
+            raise UserError(f"--image_size is {config.image_size}, which an f{f} autoencoder cannot divide by {f}")
         self.config, self.device = config, dist_util.dev()
         self.model = model.to(self.device)
         self.ema = [p.detach().clone() for p in model.parameters()]
         self.opt = th.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, foreach=True)
         self.folder, self.step = Path(config.out_dir), 0
         self.state_path = self.folder / f"{config.name}_last.pt"
-        paths = [path for root in config.data_root.split(",") for path in list_images(root.strip()).paths]
+        paths = config.paths()
         self.data = BatchStream(RandomCrops(paths, config.image_size), config.batch_size, seed=config.seed)
         logger.log(f"training on {len(paths)} images")
         if self.state_path.exists():
@@ -159,7 +191,16 @@ class VAETrainer:
         return {"l1": l1.detach(), "mse": mse.detach(), "kl": kl.detach()}
 
     def save(self):
-        """Write the checkpoint to go on from."""
+        """Write the checkpoint to go on from.
+
+        Raises:
+            TrainingDiverged: the weights are not finite; the last good checkpoint stays.
+        """
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise TrainingDiverged(
+                f"the weights are not finite at step {self.step}: lower --lr (now {self.config.lr:g});"
+                f" {self.state_path} is left as it was"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -171,11 +212,10 @@ class VAETrainer:
 
     @th.no_grad()
     def measure_scale(self, batches: int = 32) -> float:
-        """1 / standard deviation of the latents over the training images."""
-        self.data.seek(mix(self.config.seed) % 10_000)
-        latents = [self.model.encode(next(self.data).to(self.device)) for _ in range(batches)]
-        second = th.stack([(p.mean**2 + p.std**2).mean() for p in latents]).mean()
-        return float(1 / second.sqrt())
+        """1 / root mean square of the latents of training images: the factor that gives them unit variance."""
+        self.data.seek(0)
+        posteriors = [self.model.encode(next(self.data).to(self.device)) for _ in range(batches)]
+        return float(th.stack([(p.mean**2 + p.std**2).mean() for p in posteriors]).mean().rsqrt())
 
     def publish(self) -> Path:
         """Write the averaged weights as one safetensors file, with configuration and measured scale."""

@@ -6,6 +6,7 @@ Networks and processes see model latents z = (z_raw - shift) scale, of unit vari
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +23,8 @@ from .config import UserError
 SD_SCALE = 0.18215  # 1 / standard deviation of Stable Diffusion's latents (Rombach et al. 2022, appendix G)
 SHIPPED = ("microdoppler-f4",)
 PIXEL = "pixel"
+FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+CHUNK_PIXELS = 256 * 256  # larger images go in smaller chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +37,32 @@ class VAEConfig:
     scale_factor: float = 0.0  # raw latents times this are model latents; 0 = the autoencoder's own
     allow_download: bool = False  # let a hub name be fetched from the network
 
+    def __post_init__(self):
+        if not 0 <= self.scale_factor < math.inf:
+            raise UserError(f"--scale_factor is {self.scale_factor}; give a positive number, or 0 for the stored one")
+
 
 @dataclass(frozen=True)
 class LatentScale:
-    """The affine map between raw latents and the unit-variance ones that we train on."""
+    """The affine map between raw latents and the unit-variance ones that we train on: numbers, or one a channel."""
 
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: float | tuple[float, ...] = 1.0
+    shift: float | tuple[float, ...] = 0.0
 
     def to_model(self, z_raw):
-        return (z_raw - self.shift) * self.scale
+        return (z_raw - along_channels(self.shift, z_raw)) * along_channels(self.scale, z_raw)
 
     def to_raw(self, z):
-        return z / self.scale + self.shift
+        return z / along_channels(self.scale, z) + along_channels(self.shift, z)
+
+    def of_std(self, std_raw):
+        """A standard deviation is scaled, not shifted."""
+        return std_raw * along_channels(self.scale, std_raw)
+
+
+def along_channels(value, like: th.Tensor):
+    """A number as it is; one for each channel as (C, 1, 1)."""
+    return like.new_tensor(value)[:, None, None] if isinstance(value, tuple) else value
 
 
 class VAEInterface(nn.Module):
@@ -55,11 +71,11 @@ class VAEInterface(nn.Module):
     Args:
         vae_path: `microdoppler-f4`; a diffusers folder (or one with a `vae` subfolder) or hub name; a single file in
             LDM's, VA-VAE's or diffusers' layout; `pixel` for the identity.
-        scale_factor: overrides the autoencoder's own: its diffusers `scaling_factor`, the one measured and stored with
-            it, or 0.18215.
+        scale_factor: overrides the autoencoder's own, which is stored with it; 0.18215 for files shaped like Stable
+            Diffusion's that say nothing.
         sample_posterior: `encode_batch` draws from the posterior; False: takes its mean.
         image_range: of the images given to `encode_batch`, (-1, 1) or (0, 1); what is decoded is always in [-1, 1].
-        chunk_size: images encoded or decoded at a time.
+        chunk_size: images encoded or decoded at a time; fewer when they are larger than 256 x 256.
     Raises:
         UserError: no such autoencoder, or a damaged file.
     """
@@ -78,13 +94,20 @@ class VAEInterface(nn.Module):
         self.vae_path, self.sample_posterior, self.chunk_size = vae_path, sample_posterior, chunk_size
         self.image_range = image_range
         self.is_pixel = vae_path == PIXEL
-        self.vae, own_scale = (None, 1.0) if self.is_pixel else open_autoencoder(vae_path, allow_download)
-        self.latent_scale = LatentScale(scale=float(scale_factor or own_scale))
+        self.vae, own = (None, LatentScale()) if self.is_pixel else open_autoencoder(vae_path, allow_download)
+        if scale_factor:
+            own = LatentScale(float(scale_factor), own.shift if own else 0.0)
+        if own is None:
+            raise UserError(
+                f"--vae_path {vae_path} does not say how its latents are scaled: give --scale_factor,"
+                " which is 1 / their standard deviation"
+            )
+        self.latent_scale = own
         self.requires_grad_(False).eval()
         self.fingerprint = PIXEL if self.is_pixel else fingerprint(self.vae, self.latent_scale)
 
     @property
-    def scale_factor(self) -> float:
+    def scale_factor(self) -> float | tuple[float, ...]:
         """Raw latents times this are model latents."""
         return self.latent_scale.scale
 
@@ -120,31 +143,52 @@ class VAEInterface(nn.Module):
         mean, std = self.encode_moments(images).chunk(2, dim=1)
         if self.is_pixel or not self.sample_posterior:
             return mean
-        noise = th.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + std * noise
+        device = generator.device if generator else mean.device
+        return mean + std * th.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
 
     @th.no_grad()
     def encode_moments(self, images: th.Tensor) -> th.Tensor:
-        """Mean and standard deviation of the posterior, both as model latents: (N, 2C, h, w)."""
+        """Mean and standard deviation of the posterior, both as model latents: (N, 2C, h, w).
+
+        Raises:
+            UserError: not (N, 3, H, W), or H or W is not a multiple of `downsample`.
+        """
+        channels, f = 3 if self.is_pixel else self.vae.config.in_channels, self.downsample
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
+            raise UserError(
+                f"images are {tuple(images.shape)}; the autoencoder {self.vae_path} takes (N, {channels}, H, W) with H"
+                f" and W multiples of {f}: give an --image_size that is one"
+            )
         low, high = self.image_range
         images = (images - low) * (2 / (high - low)) - 1 if (low, high) != (-1.0, 1.0) else images
         if self.is_pixel:
             return th.cat([images, th.zeros_like(images)], dim=1)
-        parts = []
-        for part in images.split(self.chunk_size):
-            posterior = self._posterior(part)
-            parts.append(th.cat([self.latent_scale.to_model(posterior.mean), posterior.std * self.scale_factor], dim=1))
+        parts = [self._scaled_moments(self.vae.encode(part)) for part in self._chunks(images, images[0, 0].numel())]
         return th.cat(parts)
 
     @th.no_grad()
     def decode_batch(self, z: th.Tensor) -> th.Tensor:
-        """Model latents (N, C, h, w) to images (N, 3, H, W), in [-1, 1] but for overshoot."""
+        """Model latents (N, C, h, w) to images (N, 3, H, W), in [-1, 1] but for overshoot.
+
+        Raises:
+            UserError: latents of another autoencoder.
+        """
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise UserError(
+                f"latents are {tuple(z.shape)}, but --vae_path {self.vae_path} makes (N, {self.latent_channels}, h, w):"
+                " give the autoencoder that made them"
+            )
         if self.is_pixel:
             return z
-        return th.cat([self.vae.decode(self.latent_scale.to_raw(part)) for part in z.split(self.chunk_size)])
+        parts = self._chunks(z, z[0, 0].numel() * self.downsample**2)
+        return th.cat([self.vae.decode(self.latent_scale.to_raw(part)) for part in parts])
 
-    def _posterior(self, images: th.Tensor) -> Posterior:
-        return self.vae.encode(images)
+    def _chunks(self, batch: th.Tensor, pixels: int) -> tuple[th.Tensor, ...]:
+        """The batch in parts that fit memory; `pixels` is what one image has."""
+        return batch.split(max(1, min(self.chunk_size, self.chunk_size * CHUNK_PIXELS // pixels)))
+
+    def _scaled_moments(self, posterior: Posterior) -> th.Tensor:
+        return th.cat([self.latent_scale.to_model(posterior.mean), self.latent_scale.of_std(posterior.std)], dim=1)
 
 
 def load_vae(config: VAEConfig, *, expected: str | None = None) -> VAEInterface:
@@ -169,60 +213,106 @@ def load_vae(config: VAEConfig, *, expected: str | None = None) -> VAEInterface:
     return vae
 
 
-def open_autoencoder(vae_path: str, allow_download: bool = False) -> tuple[KLAutoencoder, float]:
-    """The autoencoder at a path or of a name, and its own scale factor."""
+# ---- where autoencoders come from ------------------------------------------------------------------------------------
+
+
+def open_autoencoder(vae_path: str, allow_download: bool = False) -> tuple[KLAutoencoder, LatentScale | None]:
+    """The autoencoder at a path or of a name, and the scale that is stored with it."""
     if vae_path in SHIPPED:
         with resources.as_file(resources.files(__package__) / "assets" / f"{vae_path}.safetensors") as path:
             return from_file(path)
     path = Path(vae_path)
-    if path.is_file():
-        return from_file(path)
     if path.is_dir():
-        return from_diffusers(path / "vae" if (path / "vae" / "config.json").is_file() else path)
-    if vae_path.count("/") == 1 and not vae_path.startswith((".", "/")) and not path.suffix:
-        return from_diffusers(vae_path, allow_download=allow_download)
+        return from_folder(path)
+    if path.is_file():
+        beside = path.name.startswith("diffusion_pytorch_model") and (path.parent / "config.json").is_file()
+        return from_folder(path.parent) if beside else from_file(path)
+    if vae_path.count("/") == 1 and not vae_path.startswith(".") and path.suffix not in FILES:
+        return from_hub(vae_path, allow_download)
     raise UserError(
         f"--vae_path {vae_path} does not exist; give {', '.join(SHIPPED)}, a diffusers folder or hub name,"
         " a .safetensors, .pt or .ckpt file, or pixel"
     )
 
 
-def from_file(path: Path) -> tuple[KLAutoencoder, float]:
+def from_file(path: Path) -> tuple[KLAutoencoder, LatentScale | None]:
     """Read a single file in any layout; our own also tells its scale and what shapes do not show."""
-    metadata = {}
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"--vae_path {path} is damaged or not a safetensors file ({error})") from error
-    config = json.loads(metadata.get("config", "{}"))
     try:
-        model = from_state_dict(checkpoint.load_state_dict(path), norm_groups=config.get("norm_groups", 32))
+        state_dict = checkpoint.load_state_dict(path)
+        metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+        ours = "scale_factor" in metadata and "config" in metadata
+        groups = json.loads(metadata["config"])["norm_groups"] if ours else 32
+        model = from_state_dict(state_dict, norm_groups=groups)
     except UserError as error:
-        raise UserError(f"--vae_path {path}: {error}") from error
-    return model, float(metadata.get("scale_factor", SD_SCALE))
+        raise UserError(f"--vae_path {str(error) if str(path) in str(error) else f'{path}: {error}'}") from error
+    if ours:
+        return model, LatentScale(float(metadata["scale_factor"]))
+    like_sd = (model.config.embed_dim, model.config.downsample) == (4, 8)
+    return model, LatentScale(SD_SCALE) if like_sd else None
 
 
-def from_diffusers(path, allow_download: bool = False) -> tuple[KLAutoencoder, float]:
-    """Read diffusers' AutoencoderKL from a folder or, if allowed, from the hub."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a safetensors file carries beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        return handle.metadata() or {}
+
+
+def from_folder(folder: Path) -> tuple[KLAutoencoder, LatentScale]:
+    """Read what diffusers' `save_pretrained` wrote: an autoencoder, or a pipeline with one under `vae`."""
+    folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    try:
+        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--vae_path {folder} is a folder without an autoencoder's config.json") from error
+    if kind != "AutoencoderKL":
+        raise UserError(f"--vae_path {folder} holds a {kind}, not an AutoencoderKL")
+    return from_diffusers(folder, local_files_only=True)
+
+
+def from_hub(name: str, allow_download: bool) -> tuple[KLAutoencoder, LatentScale]:
+    """Read an autoencoder that the hub calls by this name, from the local cache unless a download is allowed."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    try:
+        known = {part: isinstance(try_to_load_from_cache(name, f"{part}config.json"), str) for part in ("vae/", "")}
+        if not any(known.values()) and allow_download:
+            known["vae/"] = file_exists(name, "vae/config.json")
+    except Exception as error:  # a name that the hub forbids, or one of the many errors of a network
+        raise UserError(f"--vae_path {name} cannot be had from the hub ({one_line(error)})") from error
+    if not any(known.values()) and not allow_download:
+        raise UserError(
+            f"--vae_path {name} is neither a file or folder nor in the hub's local cache;"
+            " --allow_download True fetches a hub name"
+        )
+    return from_diffusers(name, local_files_only=not allow_download, subfolder="vae" if known["vae/"] else "")
+
+
+def from_diffusers(place, **options) -> tuple[KLAutoencoder, LatentScale]:
+    """Read with diffusers' own AutoencoderKL, whatever version wrote it; the network is then ours, tensor by tensor."""
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
     from diffusers import AutoencoderKL
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    offline = isinstance(path, Path) or not allow_download
-    options = {"subfolder": "vae"} if not isinstance(path, Path) and "vae" not in str(path) else {}
     try:
-        model = AutoencoderKL.from_pretrained(path, local_files_only=offline, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        remedy = "" if not offline or isinstance(path, Path) else "; --allow_download True fetches a hub name"
-        raise UserError(f"--vae_path {path} is not a diffusers autoencoder at hand{remedy}") from error
+        model, info = AutoencoderKL.from_pretrained(place, output_loading_info=True, **options)
+    except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError, SafetensorError and the network's
+        raise UserError(f"--vae_path {place} cannot be read by diffusers ({one_line(error)})") from error
+    if info["missing_keys"]:
+        raise UserError(f"--vae_path {place} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     config = model.config
-    converted = from_state_dict(model.state_dict(), norm_groups=config.norm_num_groups)
-    return converted, float(config.scaling_factor)
+    factor, shift = float(config.scaling_factor or 1.0), float(config.shift_factor or 0.0)
+    scale = LatentScale(factor, shift)
+    if config.latents_mean and config.latents_std:
+        scale = LatentScale(tuple(factor / std for std in config.latents_std), tuple(config.latents_mean))
+    return from_state_dict(model.state_dict(), norm_groups=config.norm_num_groups), scale
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of what an error says."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def fingerprint(model: nn.Module, scale: LatentScale) -> str:

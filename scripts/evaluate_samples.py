@@ -2,7 +2,7 @@
 
     python scripts/evaluate_samples.py --real_dir data/train --heldout_dir data/test --samples samples_248x64x64x3.npz
 
-Needs no download: a small user classifier, trained here on the real images alone (half a minute on two CPU cores), is
+Needs no download: a small user classifier, trained here on the real images alone (under half a minute on a CPU), is
 the judge of identity and the feature space. Prints a table; writes report.json and comparison.png.
 """
 

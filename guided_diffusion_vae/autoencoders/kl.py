@@ -209,6 +209,7 @@ class KLAutoencoder(nn.Module):
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers' until 2023
 
 
 def diffusers_key(key: str, levels: int) -> str:
@@ -231,15 +232,18 @@ def is_diffusers(state_dict) -> bool:
 
 
 def to_ldm(state_dict: dict[str, th.Tensor], model: KLAutoencoder) -> dict[str, th.Tensor]:
-    """A diffusers state_dict under LDM's keys and shapes (attention: linear layers become 1x1 convolutions)."""
-    levels = len(model.config.ch_mult)
-    found = {}
-    for key, wanted in model.state_dict().items():
-        value = state_dict.get(diffusers_key(key, levels))
-        if value is not None:
-            found[key] = value.reshape(wanted.shape) if value.numel() == wanted.numel() else value
-    used = {diffusers_key(key, levels) for key in found}
-    return found | {key: value for key, value in state_dict.items() if key not in used}
+    """A diffusers state_dict under LDM's keys and shapes (attention: linear layers become 1x1 convolutions).
+
+    Keys that LDM has no name for are kept as they are.
+    """
+    pattern = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.")
+    state_dict = {pattern.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", key): v for key, v in state_dict.items()}
+    ldm_key = {diffusers_key(key, len(model.config.ch_mult)): key for key in model.state_dict()}
+    linear = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+    return {
+        ldm_key.get(key, key): value[:, :, None, None] if linear.search(key) and value.ndim == 2 else value
+        for key, value in state_dict.items()
+    }
 
 
 def to_diffusers(model: KLAutoencoder) -> dict[str, th.Tensor]:
@@ -260,18 +264,18 @@ def infer_config(state_dict: dict[str, th.Tensor], **known) -> KLConfig:
     Raises:
         UserError: these are not the keys of a KL autoencoder.
     """
-    down, res, attn = (
-        ("down_blocks", "resnets", "attentions") if is_diffusers(state_dict) else ("down", "block", "attn")
-    )
+    diffusers = is_diffusers(state_dict)
+    down, res, attn = ("down_blocks", "resnets", "attentions") if diffusers else ("down", "block", "attn")
     pattern = re.compile(rf"encoder\.{down}\.(\d+)\.{res}\.(\d+)\.conv1\.weight")
     blocks = {(int(m[1]), int(m[2])): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
-    if not blocks or "encoder.conv_in.weight" not in state_dict or "decoder.conv_in.weight" not in state_dict:
+    ends = [f"{part}.{conv}.weight" for part in ("encoder", "decoder") for conv in ("conv_in", "conv_out")]
+    if not blocks or not all(end in state_dict for end in ends):
         raise UserError("these are not the weights of a KL autoencoder (no encoder.conv_in, encoder.down... keys)")
     ch = state_dict["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(level for level, _ in blocks)
     attending = [i for i in range(levels) if any(key.startswith(f"encoder.{down}.{i}.{attn}.") for key in state_dict)]
     z = state_dict["decoder.conv_in.weight"].shape[1]
-    quant = "quant_conv.weight" in state_dict
+    after = state_dict.get("post_quant_conv.weight")  # (z_channels, embed_dim, 1, 1)
     return KLConfig(
         ch=ch,
         ch_mult=tuple(blocks[level, 0].shape[0] // ch for level in range(levels)),
@@ -280,9 +284,9 @@ def infer_config(state_dict: dict[str, th.Tensor], **known) -> KLConfig:
         in_channels=state_dict["encoder.conv_in.weight"].shape[1],
         out_ch=state_dict["decoder.conv_out.weight"].shape[0],
         z_channels=z,
-        embed_dim=state_dict["post_quant_conv.weight"].shape[1] if quant else z,
+        embed_dim=z if after is None else after.shape[1],
         mid_attn=any("mid.attn_1" in key or "mid_block.attentions" in key for key in state_dict),
-        quant_convs=quant,
+        quant_convs=after is not None,
         **known,
     )
 
@@ -298,7 +302,13 @@ def from_state_dict(state_dict: dict[str, th.Tensor], **known) -> KLAutoencoder:
         state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     state_dict = {key: value.float() for key, value in state_dict.items() if key.startswith(parts)}
-    model = KLAutoencoder(infer_config(state_dict, **known))
+    config = infer_config(state_dict, **known)
+    if any(config.ch * mult % config.norm_groups for mult in (1, *config.ch_mult)):
+        raise UserError(
+            f"{config.norm_groups} groups of the norms do not divide these widths ({config.ch} x {config.ch_mult});"
+            " the number of groups is told by the file that vae_train.py wrote: give that one"
+        )
+    model = KLAutoencoder(config)
     if is_diffusers(state_dict):
         state_dict = to_ldm(state_dict, model)
     wanted = model.state_dict()
