@@ -113,6 +113,8 @@ def _choose_backend(me: Launch) -> str:
 
 def _rendezvous_by_mpi(me: Launch) -> dist.TCPStore:
     """Rank 0 opens a store on a port that the system chooses, and tells the others by MPI: no port race."""
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        os.environ.setdefault("MPI4PY_MPIABI", "openmpi")  # mpi4py's own choice would be the MPICH beside it
     try:
         from mpi4py import MPI
     except ImportError as error:

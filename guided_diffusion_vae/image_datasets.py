@@ -23,6 +23,7 @@ from . import dist_util
 from .checkpoint import atomic_write
 from .config import UserError
 from .data.image_folder import ImageFolder, list_files, list_images, read_rgb, refuse
+from .vae_wrapper import warn_unless_unit_variance
 
 ENCODE_BATCH = 32
 
@@ -265,7 +266,7 @@ def load_data_with_vae(
         shuffle=not deterministic,
         num_workers=0 if isinstance(dataset, MomentsDataset) else num_workers,
     )
-    return LatentStream(images, vae, class_cond=class_cond, class_names=folder.class_names)
+    return LatentStream(images, vae, class_cond=class_cond, class_names=folder.class_names, say=say)
 
 
 class LatentStream(Iterator):
@@ -273,8 +274,9 @@ class LatentStream(Iterator):
 
     POSTERIOR = 1  # the use number of posterior noise, see slot_randn
 
-    def __init__(self, images: BatchStream, vae, *, class_cond: bool, class_names: list[str]):
+    def __init__(self, images: BatchStream, vae, *, class_cond: bool, class_names: list[str], say=print):
         self.images, self.vae, self.class_cond, self.class_names = images, vae, class_cond, class_names
+        self.say = say
         self.cached = isinstance(images.order.dataset, MomentsDataset)
 
     def seek(self, step: int) -> None:
@@ -288,11 +290,15 @@ class LatentStream(Iterator):
         cond = {"y": labels["y"]} if self.class_cond else {}
         if self.vae.is_pixel:
             return batch, cond
-        mean, std = (batch if self.cached else self.vae.encode_moments(batch)).chunk(2, dim=1)
-        if not self.vae.sample_posterior:
-            return mean, cond
-        noise = slot_randn(mean.shape, seed=self.images.order.seed, step=step, use=self.POSTERIOR, device=mean.device)
-        return mean + std * noise, cond
+        z, std = (batch if self.cached else self.vae.encode_moments(batch)).chunk(2, dim=1)
+        if self.vae.sample_posterior:
+            z = z + std * slot_randn(
+                z.shape, seed=self.images.order.seed, step=step, use=self.POSTERIOR, device=z.device
+            )
+        if self.say:
+            warn_unless_unit_variance(z, self.say)
+            self.say = None  # once is enough
+        return z, cond
 
 
 class MomentsDataset(Dataset):

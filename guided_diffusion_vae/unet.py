@@ -166,8 +166,8 @@ class QKVAttention(nn.Module):
 def _attend(qkv, part):
     """softmax(q k / sqrt(d)) v of q, k, v along dimension `part` of (N, ., ., d, T); returns (N, H * d, T)."""
     rows = qkv.transpose(-1, -2)
-    if rows.is_cuda:
-        rows = rows.contiguous()  # fused kernels want d innermost; on CPU they would sum in another order than upstream
+    if rows.is_cuda or not th.is_grad_enabled():
+        rows = rows.contiguous()  # fused kernels want d innermost; training on CPU sums in upstream's order instead
     q, k, v = rows.unbind(part)
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
 

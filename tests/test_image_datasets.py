@@ -128,14 +128,20 @@ def test_a_cache_of_another_autoencoder_is_refused(folder, tmp_path_factory):
         load(folder, other, latent_cache=str(place))
 
 
-def test_latents_have_unit_variance_only_if_the_scale_fits(folder):
-    from guided_diffusion_vae.vae_wrapper import warn_unless_unit_variance
-
-    said = []
-    warn_unless_unit_variance(th.randn(4, 4, 8, 8), said.append)
-    assert not said
-    warn_unless_unit_variance(10 * th.randn(4, 4, 8, 8), said.append)
-    assert "--scale_factor" in said[0]
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_a_scale_that_does_not_fit_is_said_once(tmp_path, cache_latents):
+    for user in ("a", "b"):
+        (tmp_path / user).mkdir()
+        noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / user / "0.png")
+    said = {}
+    for scale in (0, 100):
+        said[scale] = []
+        vae = VAEInterface(scale_factor=scale)
+        stream = load(tmp_path, vae, say=said[scale].append, cache_latents=cache_latents)
+        next(stream), next(stream)
+    assert not any("standard deviation" in line for line in said[0])
+    assert sum("--scale_factor does not fit" in line for line in said[100]) == 1
 
 
 def test_noise_of_a_step_is_one_draw_for_all_slots():
