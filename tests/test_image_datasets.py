@@ -2,10 +2,12 @@
 
 import json
 import random
+import zlib
 
 import numpy as np
 import pytest
 import torch as th
+from helpers import golden
 from PIL import Image
 
 from guided_diffusion_vae import image_datasets as data
@@ -79,9 +81,26 @@ def test_a_seed_leaves_pythons_generator_alone(folder):
 
 
 def test_pixels_are_upstreams(folder):
-    """float32 in [-1, 1]: x / 127.5 - 1."""
-    images, cond = next(data.load_data(data_dir=folder, batch_size=12, image_size=32, deterministic=True))
-    assert images.dtype == th.float32 and cond == {} and images.min() >= -1 and images.max() <= 1
+    """float32, channels first, x / 127.5 - 1, in the order of the files."""
+    images, cond = next(data.load_data(data_dir=folder, batch_size=12, image_size=32, deterministic=True, seed=0))
+    stored = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*/*.png"))])
+    same = [np.array_equal(x, p) or np.array_equal(x, p[:, ::-1]) for x, p in zip(back(images), stored, strict=True)]
+    assert images.dtype == th.float32 and cond == {} and all(same)
+
+
+def back(images):
+    return ((images + 1) * 127.5).round().to(th.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("case", golden("adm_crops.json")["cases"], ids=lambda c: "{height}x{width}-{size}".format(**c))
+def test_crops_are_upstreams(case):
+    pixels = np.random.RandomState(case["seed"]).randint(0, 256, (case["height"], case["width"], 3)).astype(np.uint8)
+    image, size = Image.fromarray(pixels), case["size"]
+    random.seed(case["seed"])
+    for crop, wanted in (data.center_crop_arr, "center_crc32"), (data.random_crop_arr, "random_crc32"):
+        found = crop(image, size)
+        assert found.shape == (size, size, 3)
+        assert zlib.crc32(np.ascontiguousarray(found).tobytes()) == case[wanted]
 
 
 # ---- latents ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""The README's commands do what it says: each is run as it is written, on a few people and for a few steps."""
+
+import re
+import shlex
+
+import pytest
+from helpers import ROOT, script
+
+from guided_diffusion_vae.config import read_yaml
+
+SMALLER = {
+    "simulate_microdoppler.py": "--num_users 8 --train_images 6 --val_images 0 --test_images 2",
+    "image_train_vae.py": "--max_steps 2 --lr_anneal_steps 0 --num_channels 32 --batch_size 2 --sample_interval 0",
+    "image_sample_vae.py": "--num_samples 16 --timestep_respacing 2",
+    "evaluate_samples.py": "--judge_epochs 1",
+    "vae_train.py": "--steps 2 --batch_size 1",
+}
+
+
+def commands(text):
+    """(ranks, script, flags) of every command in code blocks, in code spans (also over a line's end), or after `#`."""
+    text = text.replace("\n#", "\n")
+    for found in re.finditer(r"(mpiexec -n 2 )?python scripts/(\w+\.py)((?: [^`\n]+|\n--[^`\n]+)*)", text):
+        yield 2 if found[1] else 1, found[2], shlex.split(found[3])
+
+
+def test_the_readme_from_people_to_report(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    done = []
+    for ranks, name, flags in commands(text):
+        flags = [flag.replace("DATA", f"{tmp_path}/data").replace("runs/", f"{tmp_path}/runs/") for flag in flags]
+        flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_16x", flag)) for flag in flags]
+        if name == "vae_train.py":
+            flags += ["--out_dir", f"{tmp_path}/runs/vae"]
+        script(name, *flags, *SMALLER[name].split(), ranks=ranks)
+        done.append(name)
+    assert set(done) == set(SMALLER)
+    for promised in (
+        "data/manifest.csv",
+        "data/train/.latents",
+        "runs/one/progress.csv",
+        "runs/one/samples/grid.png",
+        "runs/one/samples/report/report.json",
+        "runs/one/samples/report/comparison.png",
+        "runs/mine/samples/png/user_03",
+        "runs/mine/samples/png/user_07",
+        "runs/vae/microdoppler-f4.safetensors",
+    ):
+        assert (tmp_path / promised).exists(), promised
+    assert not (tmp_path / "runs/mine/samples/png/user_00").exists()
+
+
+def test_every_script_is_in_the_readme():
+    assert {path.name for path in (ROOT / "scripts").glob("*.py")} == set(SMALLER)
+
+
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_its_command(recipe):
+    """The command in its first lines reads this recipe, without an unknown or unreadable setting."""
+    ((ranks, name, flags),) = commands("\n".join(recipe.read_text().splitlines()[:6]))
+    assert f"configs/{recipe.name}" in flags
+    printed = script(name, *flags, "--dry_run", "True").stdout
+    for key in read_yaml(recipe):
+        assert re.search(rf"^{key}: ", printed, re.M), key
