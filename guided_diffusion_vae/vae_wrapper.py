@@ -17,7 +17,8 @@ import torch.nn as nn
 
 from . import checkpoint
 from .autoencoders.base import Posterior
-from .autoencoders.kl import KLAutoencoder, from_state_dict
+from .autoencoders.kl import KLAutoencoder
+from .autoencoders.layouts import from_state_dict
 from .config import UserError
 
 SD_SCALE = 0.18215  # 1 / standard deviation of Stable Diffusion's latents (Rombach et al. 2022, appendix G)

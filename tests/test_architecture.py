@@ -10,7 +10,7 @@ FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record"},
     {"nn", "losses", "gaussian_diffusion", "respace", "resample"},
     {"fp16_util", "unet", "model_flags"},
-    {"autoencoders.base", "autoencoders.kl", "vae_wrapper"},
+    {"autoencoders.base", "autoencoders.kl", "autoencoders.layouts", "vae_wrapper"},
     {"data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"},
     {"train_util", "vae_train_util", "sample_util"},
     {"script_util"},

@@ -10,7 +10,7 @@ import torch as th
 from helpers import golden
 from safetensors.torch import save_file
 
-from guided_diffusion_vae.autoencoders import kl
+from guided_diffusion_vae.autoencoders import layouts
 from guided_diffusion_vae.autoencoders.kl import KLAutoencoder, KLConfig
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.vae_wrapper import SD_SCALE, VAEConfig, VAEInterface, load_vae
@@ -103,7 +103,7 @@ def test_a_small_vavae_gives_upstreams_numbers():
     for name, shape in keys.items():
         values = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).randn(*shape) * scale
         state[name] = th.from_numpy(values + (0.5 if len(shape) == 1 else 0.0)).float()
-    model = kl.from_state_dict(state)
+    model = layouts.from_state_dict(state)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: list(v) for k, v in keys.items()}
     with th.no_grad():
         posterior = model.encode(th.from_numpy(wanted["x"]))
@@ -121,14 +121,46 @@ def test_the_keys_of_the_released_vavae():
         model = KLAutoencoder(config)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: list(v) for k, v in wanted.items()}
     assert sum(p.numel() for p in model.parameters()) == 69_836_067
-    assert kl.infer_config(model.state_dict()) == config
+    assert layouts.infer_config(model.state_dict()) == config
+
+
+EXPORTED = {
+    "shipped": {"ch": 16, "ch_mult": (1, 2), "mid_attn": False, "norm_groups": 8},
+    "vavae": {"ch": 32, "ch_mult": (1, 2), "attn_resolutions": (128,), "z_channels": 16, "embed_dim": 16},
+    "grey": {"ch": 32, "ch_mult": (1, 1), "in_channels": 1, "out_ch": 1, "quant_convs": False},
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_diffusers_loads_our_export_and_computes_the_same(name, tmp_path):
+    from diffusers import AutoencoderKL
+
+    th.manual_seed(0)
+    model = KLAutoencoder(KLConfig(num_res_blocks=1, **EXPORTED[name])).eval()
+    layouts.save_diffusers(model, tmp_path, scale=0.5, shift=0.25)
+    twin = AutoencoderKL.from_pretrained(tmp_path, local_files_only=True)
+    x = th.rand(2, model.config.in_channels, 16, 16) * 2 - 1
+    with th.no_grad():
+        mine, theirs = model.encode(x), twin.encode(x).latent_dist
+        np.testing.assert_allclose(mine.mean, theirs.mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(mine.std, theirs.std, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(model.decode(mine.mean), twin.decode(mine.mean).sample, rtol=1e-5, atol=1e-5)
+    vae = VAEInterface(str(tmp_path))
+    assert (vae.latent_scale.scale, vae.latent_scale.shift) == (0.5, 0.25)
+    assert all(th.equal(v, vae.vae.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_an_export_that_diffusers_cannot_express_is_one_line(tmp_path):
+    model = KLAutoencoder(KLConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=8, embed_dim=4))
+    with pytest.raises(UserError, match=r"embed_dim \(4\) beside z_channels \(8\)"):
+        layouts.save_diffusers(model, tmp_path)
 
 
 def test_both_layouts_come_back():
     th.manual_seed(0)
     config = KLConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,))
     model = KLAutoencoder(config)
-    again = kl.from_state_dict(kl.to_diffusers(model))
+    again = layouts.from_state_dict(layouts.to_diffusers(model))
     assert again.config == config
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

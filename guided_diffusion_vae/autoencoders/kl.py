@@ -1,18 +1,15 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022), which Stable Diffusion and VA-VAE share.
 
 An encoder halves an image L - 1 times and ends in mean and log-variance of z; a decoder mirrors it. Configuration names
-and state_dict keys are those of LDM's `ddconfig`, so LDM and VA-VAE checkpoints load strictly; diffusers' layout of the
-same network is mapped key by key.
+and state_dict keys are those of LDM's `ddconfig`, so LDM and VA-VAE checkpoints load strictly; see `layouts` for others.
 """
 
-import re
 from dataclasses import asdict, dataclass
 
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..config import UserError
 from .base import Posterior
 
 
@@ -204,119 +201,3 @@ class KLAutoencoder(nn.Module):
     def config_dict(self) -> dict:
         """The configuration as plain values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()}
-
-
-# ---- layouts ---------------------------------------------------------------------------------------------------------
-
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers' until 2023
-
-
-def diffusers_key(key: str, levels: int) -> str:
-    """The name in diffusers' AutoencoderKL of a tensor with this LDM name."""
-    key = re.sub(r"^(encoder|decoder)\.norm_out", r"\1.conv_norm_out", key)
-    key = re.sub(r"\.mid\.block_([12])", lambda m: f".mid_block.resnets.{int(m[1]) - 1}", key)
-    key = re.sub(r"\.mid\.attn_1", ".mid_block.attentions.0", key)
-    key = re.sub(r"^encoder\.down\.(\d+)", r"encoder.down_blocks.\1", key)
-    key = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", key)
-    key = re.sub(r"(_blocks\.\d+)\.block\.", r"\1.resnets.", key)
-    key = re.sub(r"(_blocks\.\d+)\.attn\.", r"\1.attentions.", key)
-    key = key.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
-    key = key.replace("nin_shortcut", "conv_shortcut")
-    return re.sub(r"(attentions\.\d+)\.(norm|q|k|v|proj_out)\.", lambda m: f"{m[1]}.{ATTENTION[m[2]]}.", key)
-
-
-def is_diffusers(state_dict) -> bool:
-    """Whether the keys are diffusers'."""
-    return any(key.startswith("encoder.down_blocks.") for key in state_dict)
-
-
-def to_ldm(state_dict: dict[str, th.Tensor], model: KLAutoencoder) -> dict[str, th.Tensor]:
-    """A diffusers state_dict under LDM's keys and shapes (attention: linear layers become 1x1 convolutions).
-
-    Keys that LDM has no name for are kept as they are.
-    """
-    pattern = re.compile(rf"(attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.")
-    state_dict = {pattern.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", key): v for key, v in state_dict.items()}
-    ldm_key = {diffusers_key(key, len(model.config.ch_mult)): key for key in model.state_dict()}
-    linear = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
-    return {
-        ldm_key.get(key, key): value[:, :, None, None] if linear.search(key) and value.ndim == 2 else value
-        for key, value in state_dict.items()
-    }
-
-
-def to_diffusers(model: KLAutoencoder) -> dict[str, th.Tensor]:
-    """The weights under diffusers' keys and shapes."""
-    levels, found = len(model.config.ch_mult), {}
-    for key, value in model.state_dict().items():
-        name = diffusers_key(key, levels)
-        linear = re.search(r"attentions\.\d+\.to_", name) and value.ndim == 4
-        found[name] = value[:, :, 0, 0] if linear else value
-    return found
-
-
-def infer_config(state_dict: dict[str, th.Tensor], **known) -> KLConfig:
-    """Read the configuration off keys and shapes, of either layout.
-
-    Args:
-        known: what shapes cannot show: `norm_groups`, `dropout`.
-    Raises:
-        UserError: these are not the keys of a KL autoencoder.
-    """
-    diffusers = is_diffusers(state_dict)
-    down, res, attn = ("down_blocks", "resnets", "attentions") if diffusers else ("down", "block", "attn")
-    pattern = re.compile(rf"encoder\.{down}\.(\d+)\.{res}\.(\d+)\.conv1\.weight")
-    blocks = {(int(m[1]), int(m[2])): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
-    ends = [f"{part}.{conv}.weight" for part in ("encoder", "decoder") for conv in ("conv_in", "conv_out")]
-    if not blocks or not all(end in state_dict for end in ends):
-        raise UserError("these are not the weights of a KL autoencoder (no encoder.conv_in, encoder.down... keys)")
-    ch = state_dict["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(level for level, _ in blocks)
-    attending = [i for i in range(levels) if any(key.startswith(f"encoder.{down}.{i}.{attn}.") for key in state_dict)]
-    z = state_dict["decoder.conv_in.weight"].shape[1]
-    after = state_dict.get("post_quant_conv.weight")  # (z_channels, embed_dim, 1, 1)
-    return KLConfig(
-        ch=ch,
-        ch_mult=tuple(blocks[level, 0].shape[0] // ch for level in range(levels)),
-        num_res_blocks=1 + max(block for _, block in blocks),
-        attn_resolutions=tuple(256 // 2**level for level in attending),
-        in_channels=state_dict["encoder.conv_in.weight"].shape[1],
-        out_ch=state_dict["decoder.conv_out.weight"].shape[0],
-        z_channels=z,
-        embed_dim=z if after is None else after.shape[1],
-        mid_attn=any("mid.attn_1" in key or "mid_block.attentions" in key for key in state_dict),
-        quant_convs=after is not None,
-        **known,
-    )
-
-
-def from_state_dict(state_dict: dict[str, th.Tensor], **known) -> KLAutoencoder:
-    """An autoencoder with these weights: LDM's, VA-VAE's or diffusers' keys, with LDM's prefix and losses left out.
-
-    Raises:
-        UserError: keys or shapes that do not fit; names the first few.
-    """
-    prefix = "first_stage_model."
-    if any(key.startswith(prefix) for key in state_dict):
-        state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    state_dict = {key: value.float() for key, value in state_dict.items() if key.startswith(parts)}
-    config = infer_config(state_dict, **known)
-    if any(config.ch * mult % config.norm_groups for mult in (1, *config.ch_mult)):
-        raise UserError(
-            f"{config.norm_groups} groups of the norms do not divide these widths ({config.ch} x {config.ch_mult});"
-            " the number of groups is told by the file that vae_train.py wrote: give that one"
-        )
-    model = KLAutoencoder(config)
-    if is_diffusers(state_dict):
-        state_dict = to_ldm(state_dict, model)
-    wanted = model.state_dict()
-    differ = [key for key in wanted if key not in state_dict or state_dict[key].shape != wanted[key].shape]
-    differ += [key for key in state_dict if key not in wanted]
-    if differ:
-        raise UserError(
-            f"these weights are of another autoencoder: {', '.join(differ[:3])} ({len(differ)} keys) differ"
-        )
-    model.load_state_dict(state_dict)
-    return model
