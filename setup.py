@@ -23,6 +23,7 @@ setup(
     extras_require={
         "mpi": ["mpich"],
         "tb": ["tensorboard"],
+        "vf": ["transformers>=5"],
         "dev": ["pytest", "hypothesis", "ruff", "pyright"],
     },
 )

@@ -165,7 +165,7 @@ class Run:
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None) -> Run:
+def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None, translate=None) -> Run:
     """Resolve a run from the flags, the recipe that `--config` names, and a base run.
 
     Args:
@@ -173,6 +173,7 @@ def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None) -> 
         argv: flags; None takes the command line's.
         base: settings of an earlier run (its `run.yaml`) to start from; keys that this script does not have are
             ignored, for a training run knows more than its sampler needs.
+        translate: makes a recipe of what the file holds, where others' files are read, too.
     Raises:
         UserError: an unknown flag or key, or a value of the wrong type.
     """
@@ -181,14 +182,15 @@ def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None) -> 
     unset = object()
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
     flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not unset}
-    recipe = read_recipe(args.config, defaults, ignore=control) if args.config else {}
+    recipe = read_recipe(args.config, defaults, ignore=control, translate=translate) if args.config else {}
     inherited = {k: typed(k, v, defaults[k], "run.yaml") for k, v in (base or {}).items() if k in defaults}
     return Run({**defaults, **inherited, **recipe, **flags}, set(recipe) | set(flags), parser.sections, args)
 
 
-def read_recipe(path: str, defaults: dict[str, Any], ignore=()) -> dict[str, Any]:
+def read_recipe(path: str, defaults: dict[str, Any], ignore=(), translate=None) -> dict[str, Any]:
     """Read a YAML recipe; unknown keys and values of another type are errors that name the file and the key."""
     loaded = read_yaml(path)
+    loaded = translate(loaded) if translate else loaded
     for key in loaded:
         if key not in defaults and key not in ignore:
             raise UserError(f"--config {path} has the unknown key {key!r}{did_you_mean(str(key), defaults)}")

@@ -197,6 +197,18 @@ def sync_params(params) -> None:
             dist.broadcast(param.data, 0)
 
 
+def average_gradients(params) -> None:
+    """Collective: call on every process. Replace every gradient by its mean over the processes, in one exchange."""
+    gradients = [param.grad for param in params if param.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = th.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def any_rank(flag: bool) -> bool:
     """Collective: call on every process. Whether the flag is set on any of them."""
     if world_size() == 1:

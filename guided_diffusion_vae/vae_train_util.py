@@ -1,236 +1,311 @@
-"""Training a KL autoencoder on a folder of images.
+"""Training an autoencoder, of any task in `vae_tasks`: one loop, one process or many, one optimiser or two.
 
-    loss = |x - x'| + (x - x')^2 + kl_weight KL(q(z|x) || N(0, I)) / dim(z),      each a mean over its elements
-
-What is published is the moving average of the weights, with the scale that gives its latents unit variance.
+Order, crops and noise of a step derive from (seed, step, slot in the global batch), as in `train_util`: a run that was
+killed goes on from `last.pt` with the same bits. What is published is the moving average of the weights, for a KL
+autoencoder together with the scale that gives its latents unit variance.
 """
 
-import json
+import contextlib
+import functools
 import math
-import random
 import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch as th
-import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.optim import AdamW
+from tqdm import tqdm
 
 from . import checkpoint, dist_util, logger
-from .autoencoders.kl import KLAutoencoder, KLConfig
+from .autoencoders.kl import KLAutoencoder
+from .autoencoders.objectives import check_finite
 from .config import UserError
-from .data.image_folder import list_images, read_rgb
 from .fp16_util import TrainingDiverged
-from .image_datasets import BatchStream, slot_randn
+from .image_datasets import BatchStream, mix, slot_randn
 from .nn import update_ema
+from .sample_util import save_grid, to_pixels
+from .train_util import StopSignals
+from .vae_wrapper import save_autoencoder
 
-WARMUP = 50  # steps until the peak learning rate
 POSTERIOR = 1  # the use number of posterior noise, see image_datasets.slot_randn
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAEModelConfig:
-    """The autoencoder to train."""
-
-    ch: int = 32  # base width
-    ch_mult: str = "1,2,3"  # width of each level; one level more halves the latent once more
-    num_res_blocks: int = 1  # residual blocks a level of the encoder; the decoder has one more
-    z_channels: int = 4  # channels of the latent
-    mid_attn: bool = False  # attend in the middle; False keeps it fast and indifferent to size
-    norm_groups: int = 8  # groups of the norms; 32 in large autoencoders
-
-    def __post_init__(self):
-        for name in ("ch", "num_res_blocks", "z_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ch_mult.replace(" ", "")):
-            raise UserError(f"--ch_mult is {self.ch_mult!r}; give whole numbers with commas, such as 1,2,4")
-        if self.ch % self.norm_groups:
-            raise UserError(f"--ch is {self.ch}, which --norm_groups {self.norm_groups} does not divide")
-
-    def build(self) -> KLAutoencoder:
-        """A new network of this configuration."""
-        mult = tuple(int(word) for word in self.ch_mult.split(","))
-        fields = {**asdict(self), "ch_mult": mult, "embed_dim": self.z_channels}
-        return KLAutoencoder(KLConfig(**fields))
+GRID = 32  # images in recon_grid.png and samples_grid.png
+VALIDATION = 256  # images that an epoch is judged by
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAETrainConfig:
     """How it is trained."""
 
-    data_root: str = ""  # folder of images; several with commas
-    out_dir: str = "runs/vae"  # where checkpoints and the finished autoencoder go
-    name: str = "vae"  # the finished file is OUT_DIR/NAME.safetensors
-    image_size: int = 64  # side of the random crops it is trained on
-    batch_size: int = 16  # crops per step
-    steps: int = 4000  # updates
-    lr: float = 1e-3  # peak learning rate; it rises for 50 steps and falls as a cosine
-    kl_weight: float = 1e-3  # of the KL term, per latent dimension
-    ema_rate: float = 0.998  # of the published weights
-    log_interval: int = 100  # steps between rows of the log
-    save_interval: int = 500  # steps between checkpoints
+    out_dir: str = ""  # where it goes; empty: runs/vae/{dataset}_{model}_z{latent}_s{size}
+    name: str = "autoencoder"  # a finished KL autoencoder is OUT_DIR/NAME.safetensors
+    ckpt: str = ""  # start from these weights: what --vae_path takes, or a checkpoint of this script
+    batch_size: int = 16  # images per step and process
+    microbatch: int = -1  # images per forward pass; -1 = the whole batch
+    epochs: int = 20  # passes over the data
+    max_steps: int = 0  # stop after so many updates; 0 = when the epochs are done
+    lr: float = 1e-3  # peak learning rate; it rises for warmup_steps
+    lr_schedule: str = "cosine"  # cosine: falls to nothing at the end; constant
+    warmup_steps: int = 50  # updates until the peak learning rate
+    adam_betas: str = "0.9,0.999"  # of both optimisers; LDM and VA-VAE: 0.5,0.9
+    weight_decay: float = 1e-4  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient of the loss per pixel; 0 = no limit
+    ema_rate: float = 0.998  # of the moving average of the weights; 0 = none
+    amp: str = "none"  # none, or bf16: the networks run in bfloat16; fp16 would overflow in sums over pixels
+    log_interval: int = 100  # updates between rows of the log
+    save_interval: int = 0  # updates between writings of last.pt; 0 = every epoch
+    save_epochs: int = 0  # epochs between epoch_XXXX.pt, which stay; 0 = the last only
     seed: int = 0  # of weights, order, crops and noise
     half: bool = True  # publish in float16: half the file
 
     def __post_init__(self):
-        for name in ("image_size", "batch_size", "steps", "log_interval", "save_interval"):
+        for name in ("batch_size", "log_interval", "epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_steps", "save_interval", "save_epochs", "warmup_steps", "grad_clip", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.lr <= 0:
+            raise UserError(f"--lr is {self.lr}; it must be above 0")
+        if self.lr_schedule not in ("cosine", "constant"):
+            raise UserError(f"--lr_schedule is {self.lr_schedule!r}; choose cosine or constant")
+        if self.amp not in ("none", "bf16"):
+            why = ": sums over pixels exceed float16's 65504" if self.amp == "fp16" else ""
+            raise UserError(f"--amp is {self.amp!r}; choose none or bf16{why}")
+        if not 0 <= self.ema_rate < 1:
+            raise UserError(f"--ema_rate is {self.ema_rate}; a rate lies between 0 and 1")
+        self.betas  # noqa: B018  (reads it, to complain now)
 
-    def paths(self) -> list[str]:
-        """All training images.
-
-        Raises:
-            UserError: a folder that is not there, or holds no images.
-        """
-        try:
-            return [path for root in self.data_root.split(",") for path in list_images(root.strip()).paths]
-        except UserError as error:
-            raise UserError(str(error).replace("--data_dir", "--data_root")) from error
-
-
-class RandomCrops(Dataset):
-    """Square crops of images, float32 (3, size, size) in [-1, 1]; held in memory as bytes.
-
-    Raises:
-        UserError: an image that cannot be read, or is smaller than a crop.
-    """
-
-    def __init__(self, paths: list[str], size: int):
-        self.size = size
-        self.images = [np.asarray(read_rgb(path)) for path in paths]
-        for path, image in zip(paths, self.images, strict=True):
-            if min(image.shape[:2]) < size:
-                raise UserError(f"--image_size {size} is larger than {path} ({image.shape[1]} x {image.shape[0]})")
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = self.images[index]
-        top, left = (random.randrange(side - self.size + 1) for side in image.shape[:2])
-        crop = image[top : top + self.size, left : left + self.size]
-        return np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+    @property
+    def betas(self) -> tuple[float, float]:
+        words = self.adam_betas.split(",")
+        if len(words) != 2 or not all(re.fullmatch(r"\s*0?\.?\d+\s*", word) and float(word) < 1 for word in words):
+            raise UserError(f"--adam_betas is {self.adam_betas!r}; give two numbers below 1, such as 0.9,0.999")
+        return float(words[0]), float(words[1])
 
 
 class VAETrainer:
-    """One process's training of an autoencoder; a killed run goes on from its last checkpoint with the same bits."""
+    """Trains a task on images; writes `last.pt`, `epoch_XXXX.pt`, grids, log rows and, for a KL autoencoder, its file.
 
-    def __init__(self, model: KLAutoencoder, config: VAETrainConfig):
-        if dist_util.world_size() > 1:
-            raise UserError("vae_train.py trains in one process: start it without mpiexec or torchrun")
-        f = model.config.downsample
-        if config.image_size % f:
-            raise UserError(f"--image_size is {config.image_size}, which an f{f} autoencoder cannot divide by {f}")
-        self.config, self.device = config, dist_util.dev()
-        self.model = model.to(self.device)
-        self.ema = [p.detach().clone() for p in model.parameters()]
-        self.opt = th.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, foreach=True)
-        self.folder, self.step = Path(config.out_dir), 0
-        self.state_path = self.folder / f"{config.name}_last.pt"
-        paths = config.paths()
-        self.data = BatchStream(RandomCrops(paths, config.image_size), config.batch_size, seed=config.seed)
-        logger.log(f"training on {len(paths)} images")
-        if self.state_path.exists():
+    Args:
+        task: see `vae_tasks`.
+        train, val: datasets of float32 images (C, S, S) in [-1, 1], or (image, ...) tuples; val may be empty.
+        arguments: the resolved run, kept in every checkpoint.
+    """
+
+    def __init__(self, task, train, val, config: VAETrainConfig, *, image_size: int, folder: Path, arguments: dict):
+        self.config, self.image_size, self.folder, self.arguments = config, image_size, Path(folder), arguments
+        self.device = dist_util.dev()
+        self.task, self.val = task.to(self.device), val
+        if config.amp == "bf16":
+            self.task.precision = functools.partial(th.autocast, self.device.type, th.bfloat16)
+        dist_util.sync_params(self.task.parameters())
+        self.model = task.model
+        beside = [p for name, p in task.named_parameters() if p.requires_grad and not name.startswith("model.")]
+        judge = list(task.discriminator.parameters()) if task.discriminator else []
+        skip = {id(p) for p in judge}
+        self.params = [*self.model.parameters(), *(p for p in beside if id(p) not in skip)]
+        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "foreach": True}
+        self.opt = AdamW(self.params, **settings)
+        self.judge, self.judge_opt = judge, AdamW(judge, **settings) if judge else None
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.step = 0
+        self.data, self.scale_data = (BatchStream(train, config.batch_size, seed=config.seed + i) for i in (0, 1))
+        self.epoch_steps = max(1, len(train) // (config.batch_size * dist_util.world_size()))
+        self.last_step = config.max_steps or config.epochs * self.epoch_steps
+        logger.log(f"training on {len(train)} images: {self.last_step} steps, {self.epoch_steps} an epoch")
+        if dist_util.rank0_first((self.folder / "last.pt").is_file):
             self._resume()
 
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are done."""
+        return self.step // self.epoch_steps
+
     def _resume(self):
-        state = checkpoint.load(self.state_path, self.device)
+        path = self.folder / "last.pt"
+        state = checkpoint.load(path, self.device)
         try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"{self.state_path} is of another autoencoder: remove it, or choose another --name"
-            ) from error
+            differ = self.task.load_state_dict(state["task"], strict=False)
+            if differ.unexpected_keys or set(differ.missing_keys) & set(self.task.state_dict()):
+                raise KeyError(path)
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path} is of another autoencoder: remove it, or choose another --out_dir") from error
         self.opt.load_state_dict(state["optimizer"])
+        if self.judge_opt:
+            self.judge_opt.load_state_dict(state["disc_optimizer"])
         self.ema, self.step = state["ema"], state["step"]
-        logger.log(f"going on from step {self.step} of {self.state_path}")
+        logger.log(f"going on from step {self.step} of {path}")
 
-    def learning_rate(self) -> float:
-        done = self.step / self.config.steps
-        return self.config.lr * min(1.0, (self.step + 1) / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-6
+    # ---- the loop
 
-    def run(self) -> Path:
-        """Train to the last step; returns the path of the finished autoencoder."""
-        self.data.seek(self.step)
-        start, first = time.monotonic(), self.step
-        while self.step < self.config.steps:
-            losses = self.update(next(self.data).to(self.device))
-            self.step += 1
-            for name, value in losses.items():
-                logger.logkv_mean(name, value)
-            if self.step % self.config.log_interval == 0:
-                logger.logkv("step", self.step)
-                logger.logkv(
-                    "images_per_second", (self.step - first) * self.config.batch_size / (time.monotonic() - start)
-                )
-                logger.dumpkvs()
-            if self.step % self.config.save_interval == 0 or self.step == self.config.steps:
-                self.save()
-        return self.publish()
-
-    def update(self, x: th.Tensor) -> dict[str, th.Tensor]:
-        """One step of the optimizer; returns the terms of the loss."""
-        for group in self.opt.param_groups:
-            group["lr"] = self.learning_rate()
-        posterior = self.model.encode(x)
-        shape = posterior.mean.shape
-        noise = slot_randn(shape, seed=self.config.seed, step=self.step, use=POSTERIOR, device=self.device)
-        recon = self.model.decode(posterior.sample(noise))
-        l1, mse, kl = F.l1_loss(recon, x), F.mse_loss(recon, x), posterior.kl().mean() / shape[1:].numel()
-        self.opt.zero_grad(set_to_none=True)
-        (l1 + mse + self.config.kl_weight * kl).backward()
-        th.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.opt.step()
-        update_ema(
-            self.ema, self.model.parameters(), rate=min(self.config.ema_rate, (1 + self.step) / (10 + self.step))
-        )
-        return {"l1": l1.detach(), "mse": mse.detach(), "kl": kl.detach()}
-
-    def save(self):
-        """Write the checkpoint to go on from.
+    def run(self) -> None:
+        """Train to the last step, or until a stop is asked for.
 
         Raises:
-            TrainingDiverged: the weights are not finite; the last good checkpoint stays.
+            dist_util.StopRequested: after saving, if a signal ended the run.
+            TrainingDiverged: a term of the loss is not finite; the last good checkpoint stays.
         """
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        self.data.seek(self.step)
+        begin, first, saved = time.monotonic(), self.step, self.step
+        with StopSignals() as stop, self._progress_bar() as bar:
+            while self.step < self.last_step:
+                terms = self.update(next(self.data))
+                self.step += 1
+                bar.update(1)
+                for name, value in terms.items():
+                    logger.logkv_mean(name, value)
+                if self.step % self.config.log_interval == 0:
+                    check_finite(terms, self.step)
+                    images = (self.step - first) * self.config.batch_size * dist_util.world_size()
+                    logger.logkvs({"step": self.step, "epoch": self.epoch})
+                    logger.logkv("images_per_second", images / (time.monotonic() - begin))
+                    logger.dumpkvs()
+                if self.step % (self.config.save_interval or self.epoch_steps) == 0 or self.step == self.last_step:
+                    self.save(terms)
+                    saved = self.step
+                stopped = dist_util.any_rank(bool(stop.signal_name))
+                if stopped and self.step < self.last_step:
+                    if saved != self.step:
+                        self.save(terms)
+                    raise dist_util.StopRequested(f"saved step {self.step}; the same command goes on")
+
+    def _progress_bar(self):
+        return tqdm(total=self.last_step, initial=self.step, disable=dist_util.rank() > 0, unit="step", mininterval=2)
+
+    def update(self, batch) -> dict[str, th.Tensor]:
+        """One step of the optimiser, or of both; returns the terms of the losses."""
+        images = image_of(batch).to(self.device)
+        for group in [*self.opt.param_groups, *(self.judge_opt.param_groups if self.judge_opt else [])]:
+            group["lr"] = self.learning_rate()
+        th.manual_seed(mix(self.config.seed, self.step, dist_util.rank()))  # dropout
+        shape = (len(images), *self.task.latent_shape(self.image_size))
+        noise = slot_randn(shape, seed=self.config.seed, step=self.step, use=POSTERIOR, device=self.device)
+        size = self.config.microbatch if self.config.microbatch > 0 else len(images)
+        terms, recons = {}, []
+        self.opt.zero_grad(set_to_none=True)
+        for part, part_noise in zip(images.split(size), noise.split(size), strict=True):
+            loss, found, recon = self.task.loss(part, part_noise, self.step)
+            share = len(part) / len(images)
+            (loss * (share / part[0].numel())).backward()
+            terms = {name: terms.get(name, 0) + share * value for name, value in found.items()}
+            recons.append(recon)
+        self._advance(self.opt, self.params)
+        if self.task.judges(self.step):
+            self.judge_opt.zero_grad(set_to_none=True)
+            for part, recon in zip(images.split(size), recons, strict=True):
+                loss, found = self.task.discriminator_loss(part, recon, self.step)
+                share = len(part) / len(images)
+                (loss * share).backward()
+                terms |= {name: terms.get(name, 0) + share * value for name, value in found.items()}
+            self._advance(self.judge_opt, self.judge)
+        rate = min(self.config.ema_rate, (1 + self.step) / (10 + self.step))
+        update_ema(self.ema, self.model.parameters(), rate=rate)
+        return terms
+
+    def _advance(self, opt, params):
+        dist_util.average_gradients(params)
+        if self.config.grad_clip:
+            th.nn.utils.clip_grad_norm_(params, self.config.grad_clip, foreach=True)
+        opt.step()
+
+    def learning_rate(self) -> float:
+        """The learning rate of the coming step."""
+        rate = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        if self.config.lr_schedule == "cosine":
+            rate *= 0.5 + 0.5 * math.cos(math.pi * self.step / self.last_step)
+        return rate
+
+    # ---- what is written
+
+    def save(self, terms) -> None:
+        """Collective: call on every process. Judge the average, then write `last.pt`, `epoch_XXXX.pt` and the grids.
+
+        Raises:
+            TrainingDiverged: the loss or the weights are not finite; nothing is written.
+        """
+        check_finite(terms, self.step)
+        if not all(bool(p.isfinite().all()) for p in self.params):
             raise TrainingDiverged(
                 f"the weights are not finite at step {self.step}: lower --lr (now {self.config.lr:g});"
-                f" {self.state_path} is left as it was"
+                f" {self.folder / 'last.pt'} is left as it was"
             )
+        dist_util.rank0_first(self._write)
+
+    def _write(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "model": self.model.state_dict(),
+            "model": self.averaged(),
+            "task": self.task.state_dict(),
             "optimizer": self.opt.state_dict(),
+            "disc_optimizer": self.judge_opt.state_dict() if self.judge_opt else {},
             "ema": self.ema,
+            "epoch": self.epoch,
             "step": self.step,
+            "arguments": self.arguments,
         }
-        checkpoint.save(state, self.state_path)
+        checkpoint.save(state, self.folder / "last.pt")
+        every = self.config.save_epochs * self.epoch_steps
+        if self.step == self.last_step or (every and self.step % every == 0):
+            checkpoint.save(state, self.folder / f"epoch_{self.epoch:04d}.pt")
+        with self.average_in_place():
+            self._show()
+            if isinstance(self.model, KLAutoencoder):
+                self._publish()
+
+    def _show(self):
+        if len(self.val):
+            images = th.stack([th.as_tensor(image_of(self.val[i])) for i in range(min(VALIDATION, len(self.val)))])
+            recon = th.cat([self.task.reconstruct(part.to(self.device)).cpu() for part in images.split(GRID)])
+            mse = ((recon.clamp(-1, 1) - images) ** 2).flatten(1).mean(1)
+            psnr = float((10 * th.log10(4 / mse)).mean())
+            logger.log(f"epoch {self.epoch}: PSNR {psnr:.2f} dB on {len(images)} validation images")
+            pairs = th.stack([images[:GRID], recon[:GRID]], dim=1).flatten(0, 1)
+            show_grid(self.folder / "recon_grid.png", pairs)
+        drawn = self.task.sample(GRID, self.image_size, th.Generator().manual_seed(self.config.seed))
+        show_grid(self.folder / "samples_grid.png", drawn.cpu())
+
+    def averaged(self) -> dict[str, th.Tensor]:
+        """The model's state_dict with the moving average of the weights (the weights themselves without one)."""
+        names = [name for name, _ in self.model.named_parameters()]
+        values = self.ema if self.config.ema_rate else [p.detach() for p in self.model.parameters()]
+        return {**self.model.state_dict(), **dict(zip(names, values, strict=True))}
+
+    @contextlib.contextmanager
+    def average_in_place(self):
+        """The model with its averaged weights and in eval mode, for as long as the block lasts."""
+        kept = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.averaged())
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(kept)
+            self.model.train()
 
     @th.no_grad()
     def measure_scale(self, batches: int = 32) -> float:
         """1 / root mean square of the latents of training images: the factor that gives them unit variance."""
-        self.data.seek(0)
-        posteriors = [self.model.encode(next(self.data).to(self.device)) for _ in range(batches)]
+        self.scale_data.seek(0)
+        posteriors = (self.model.encode(image_of(next(self.scale_data)).to(self.device)) for _ in range(batches))
         return float(th.stack([(p.mean**2 + p.std**2).mean() for p in posteriors]).mean().rsqrt())
 
-    def publish(self) -> Path:
-        """Write the averaged weights as one safetensors file, with configuration and measured scale."""
-        from safetensors.torch import save
-
-        for param, averaged in zip(self.model.parameters(), self.ema, strict=True):
-            param.data.copy_(averaged.half().float() if self.config.half else averaged)
-        metadata = {
-            "config": json.dumps(self.model.config_dict()),
-            "scale_factor": f"{self.measure_scale():.5f}",
-            "trained": json.dumps({**asdict(self.config), "data_root": "", "out_dir": ""}),
-        }
-        weights = {k: v.half() if self.config.half else v for k, v in self.model.state_dict().items()}
+    def _publish(self) -> None:
+        """Write the averaged KL autoencoder with the scale that fits what is written, rounded weights and all."""
+        if self.config.half:
+            self.model.load_state_dict({k: v.half().float() for k, v in self.model.state_dict().items()})
+        scale = self.measure_scale()
         path = self.folder / f"{self.config.name}.safetensors"
-        with checkpoint.atomic_write(path) as handle:
-            handle.write(save({k: v.contiguous() for k, v in weights.items()}, metadata))
-        logger.log(f"wrote {path} (scale factor {metadata['scale_factor']})")
-        return path
+        about = {k: v for k, v in asdict(self.config).items() if k not in ("out_dir", "ckpt")}
+        save_autoencoder(self.model, path, scale, half=self.config.half, about=about)
+        logger.log(f"wrote {path} (step {self.step}, scale factor {scale:.5g})")
+
+
+def image_of(item):
+    """The image, or the batch of images, of what a dataset gives."""
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def show_grid(path: Path, images: th.Tensor, columns: int = 8) -> None:
+    """Write images (N, 1 or 3, H, W) in [-1, 1] as one PNG."""
+    save_grid(path, to_pixels(images.expand(-1, 3, -1, -1)), [""] * len(images), columns)

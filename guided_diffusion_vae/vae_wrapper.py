@@ -77,6 +77,8 @@ class VAEInterface(nn.Module):
         sample_posterior: `encode_batch` draws from the posterior; False: takes its mean.
         image_range: of the images given to `encode_batch`, (-1, 1) or (0, 1); what is decoded is always in [-1, 1].
         chunk_size: images encoded or decoded at a time; fewer when they are larger than 256 x 256.
+        default_scale: for a file that does not tell its scale; None: that is an error.
+    A grey autoencoder takes the mean of the colours, and what it decodes is repeated to three channels.
     Raises:
         UserError: no such autoencoder, or a damaged file.
     """
@@ -90,6 +92,7 @@ class VAEInterface(nn.Module):
         image_range: tuple[float, float] = (-1.0, 1.0),
         chunk_size: int = 16,
         allow_download: bool = False,
+        default_scale: float | None = None,
     ):
         super().__init__()
         self.vae_path, self.sample_posterior, self.chunk_size = vae_path, sample_posterior, chunk_size
@@ -98,6 +101,8 @@ class VAEInterface(nn.Module):
         self.vae, own = (None, LatentScale()) if self.is_pixel else open_autoencoder(vae_path, allow_download)
         if scale_factor:
             own = LatentScale(float(scale_factor), own.shift if own else 0.0)
+        if own is None and default_scale:
+            own = LatentScale(default_scale)
         if own is None:
             raise UserError(
                 f"--vae_path {vae_path} does not say how its latents are scaled: give --scale_factor,"
@@ -154,16 +159,17 @@ class VAEInterface(nn.Module):
         Raises:
             UserError: not (N, 3, H, W), or H or W is not a multiple of `downsample`.
         """
-        channels, f = 3 if self.is_pixel else self.vae.config.in_channels, self.downsample
-        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % f or images.shape[3] % f:
+        f = self.downsample
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % f or images.shape[3] % f:
             raise UserError(
-                f"images are {tuple(images.shape)}; the autoencoder {self.vae_path} takes (N, {channels}, H, W) with H"
-                f" and W multiples of {f}: give an --image_size that is one"
+                f"images are {tuple(images.shape)}; the autoencoder {self.vae_path} takes (N, 3, H, W) with H and W"
+                f" multiples of {f}: give an --image_size that is one"
             )
         low, high = self.image_range
         images = (images - low) * (2 / (high - low)) - 1 if (low, high) != (-1.0, 1.0) else images
         if self.is_pixel:
             return th.cat([images, th.zeros_like(images)], dim=1)
+        images = images.mean(dim=1, keepdim=True) if self.vae.config.in_channels == 1 else images
         parts = [self._scaled_moments(self.vae.encode(part)) for part in self._chunks(images, images[0, 0].numel())]
         return th.cat(parts)
 
@@ -182,7 +188,8 @@ class VAEInterface(nn.Module):
         if self.is_pixel:
             return z
         parts = self._chunks(z, z[0, 0].numel() * self.downsample**2)
-        return th.cat([self.vae.decode(self.latent_scale.to_raw(part)) for part in parts])
+        images = th.cat([self.vae.decode(self.latent_scale.to_raw(part)) for part in parts])
+        return images.expand(-1, 3, -1, -1)
 
     def _chunks(self, batch: th.Tensor, pixels: int) -> tuple[th.Tensor, ...]:
         """The batch in parts that fit memory; `pixels` is what one image has."""
@@ -192,11 +199,12 @@ class VAEInterface(nn.Module):
         return th.cat([self.latent_scale.to_model(posterior.mean), self.latent_scale.of_std(posterior.std)], dim=1)
 
 
-def load_vae(config: VAEConfig, *, expected: str | None = None) -> VAEInterface:
+def load_vae(config: VAEConfig, *, expected: str | None = None, default_scale: float | None = None) -> VAEInterface:
     """The autoencoder that the flags name.
 
     Args:
         expected: the fingerprint that a checkpoint was trained with.
+        default_scale: see `VAEInterface`.
     Raises:
         UserError: see `VAEInterface`; or another autoencoder than expected.
     """
@@ -205,6 +213,7 @@ def load_vae(config: VAEConfig, *, expected: str | None = None) -> VAEInterface:
         scale_factor=config.scale_factor or None,
         sample_posterior=config.sample_posterior,
         allow_download=config.allow_download,
+        default_scale=default_scale,
     )
     if expected and vae.fingerprint != expected:
         raise UserError(
@@ -250,6 +259,23 @@ def from_file(path: Path) -> tuple[KLAutoencoder, LatentScale | None]:
         return model, LatentScale(float(metadata["scale_factor"]))
     like_sd = (model.config.embed_dim, model.config.downsample) == (4, 8)
     return model, LatentScale(SD_SCALE) if like_sd else None
+
+
+def save_autoencoder(model: KLAutoencoder, path, scale_factor: float, *, half: bool = False, about=None) -> None:
+    """Write a KL autoencoder as the single file that `--vae_path` takes, with its configuration and its scale.
+
+    Args:
+        half: in float16, half the size.
+        about: plain values to keep with it, such as how it was trained.
+    Raises:
+        SaveError: see `checkpoint.atomic_write`.
+    """
+    from safetensors.torch import save
+
+    weights = {k: (v.half() if half else v).contiguous().cpu() for k, v in model.state_dict().items()}
+    metadata = {"config": json.dumps(model.config_dict()), "scale_factor": f"{scale_factor:.5g}"}
+    with checkpoint.atomic_write(path) as handle:
+        handle.write(save(weights, {**metadata, **({"trained": json.dumps(about)} if about else {})}))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

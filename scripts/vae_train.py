@@ -1,25 +1,49 @@
-"""Train a KL autoencoder on a folder of images.
+"""Train an autoencoder: a KL autoencoder for latent diffusion, or a plain VAE.
 
-    python scripts/vae_train.py --config configs/vae_microdoppler_f4.yaml --data_root DATA/train
+    python scripts/vae_train.py --config configs/vae_microdoppler_f4.yaml --data_root DATA
+    python scripts/vae_train.py --dataset mnist --model mnist --data_root MNIST --image_size 28 --latent_dim 8
 
-Writes OUT_DIR/NAME.safetensors, which every --vae_path takes. The same command again goes on where it was interrupted.
+Also started by mpiexec, torchrun, srun. Writes last.pt, epoch_XXXX.pt, recon_grid.png, samples_grid.png, the log, and
+for a KL autoencoder NAME.safetensors, which every --vae_path takes. The same command goes on where it was interrupted.
 """
 
 import torch as th
 
 from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae.autoencoders.ldm_config import is_ldm, settings_from_ldm
+from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
-from guided_diffusion_vae.vae_train_util import VAEModelConfig, VAETrainConfig, VAETrainer
+from guided_diffusion_vae.data.vae_data import VAEDataConfig
+from guided_diffusion_vae.vae_tasks import VAEModelConfig, create_task, default_folder
+from guided_diffusion_vae.vae_train_util import VAETrainConfig, VAETrainer
+
+SECTIONS = (VAEDataConfig, VAEModelConfig, VAETrainConfig, ObjectiveConfig)
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(VAETrainConfig, VAEModelConfig, description=__doc__), argv)
-    print(run)
+    parser = create_argparser(*SECTIONS, description=__doc__)
+    run = parse_run(parser, argv, translate=lambda loaded: settings_from_ldm(loaded) if is_ldm(loaded) else loaded)
+    if dist_util.rank() == 0:
+        print(run)
     if run.dry_run:
         return
-    logger.configure(dir=run.out_dir)
+    data, model = run.section(VAEDataConfig), run.section(VAEModelConfig)
+    folder = run.out_dir or default_folder(data, model)
+    dist_util.setup_dist()
+    logger.configure(dir=folder)
     th.manual_seed(run.seed)
-    VAETrainer(run.section(VAEModelConfig).build(), run.section(VAETrainConfig)).run()
+    task = create_task(model, run.section(ObjectiveConfig), image_size=run.image_size, ckpt=run.ckpt, say=logger.log)
+    parts = data.parts(task.channels, seed=run.seed, say=logger.log)
+    trainer = VAETrainer(
+        task,
+        parts.train,
+        parts.val,
+        run.section(VAETrainConfig),
+        image_size=run.image_size,
+        folder=folder,
+        arguments=run.as_dict(),
+    )
+    trainer.run()
 
 
 if __name__ == "__main__":

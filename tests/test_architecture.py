@@ -10,9 +10,16 @@ FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record"},
     {"nn", "losses", "gaussian_diffusion", "respace", "resample"},
     {"fp16_util", "unet", "model_flags"},
-    {"autoencoders.base", "autoencoders.kl", "autoencoders.layouts", "vae_wrapper"},
-    {"data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"},
-    {"train_util", "vae_train_util", "sample_util"},
+    {
+        *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),
+        *("autoencoders.perceptual", "autoencoders.adversarial", "autoencoders.foundation", "autoencoders.objectives"),
+        *("autoencoders.ldm_config", "vae_wrapper"),
+    },
+    {
+        *("data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"),
+        *("data.plain_datasets", "data.vae_data"),
+    },
+    {"train_util", "sample_util", "vae_tasks", "vae_train_util", "vae_infer_util"},
     {"script_util"},
 ]
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022), which Stable Diffusion and VA-VAE share.
 
 An encoder halves an image L - 1 times and ends in mean and log-variance of z; a decoder mirrors it. Configuration names
-and state_dict keys are those of LDM's `ddconfig`, so LDM and VA-VAE checkpoints load strictly; see `layouts` for others.
+and state_dict keys are those of LDM's `ddconfig`: LDM and VA-VAE checkpoints load strictly; others see `layouts`.
 """
 
 from dataclasses import asdict, dataclass

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..config import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
-FORMATS = ("PNG", "JPEG", "GIF")  # what Pillow may try: a renamed file of another format is no reason to run its reader
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".pgm")
+# what Pillow may try (its PPM reads PGM): a renamed file of another format is no reason to run its reader
+FORMATS = ("PNG", "JPEG", "GIF", "PPM")
 MAX_PIXELS = 64_000_000  # a spectrogram is below a megapixel; beyond this it is a decompression bomb
 NAMED = 5  # how many bad files an error names
 
@@ -92,7 +93,7 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
     """Read an image file as 8-bit RGB: first frame, palette applied, grey repeated, 16 bits scaled (never clipped).
 
     Raises:
-        UserError: the file is missing, truncated, too large, or not a PNG, JPEG or GIF.
+        UserError: the file is missing, truncated, too large, or not a PNG, JPEG, GIF or PGM.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:

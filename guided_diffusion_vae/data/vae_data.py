@@ -1,0 +1,98 @@
+"""What an autoencoder is trained and judged on: the parts of one or several data sets, with the channels it wants."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Dataset
+
+from ..config import UserError
+from .image_folder import read_rgb
+from .plain_datasets import DATASETS, PlainDataset, Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEDataConfig:
+    """The images of an autoencoder."""
+
+    dataset: str = "microdoppler"  # microdoppler or image_dir (folders), celeba (folder), mnist (idx files)
+    data_root: str = ""  # where they are; several folders with commas. train/, val/, test/ inside are taken as such
+    image_size: int = 64  # side of the images; others are scaled, their middle square cut out
+    random_crop: bool = False  # train on random squares of the images as they are, instead of scaling them
+    limit: int = 0  # use so many images only; 0 = all
+
+    def __post_init__(self):
+        if self.dataset not in DATASETS:
+            raise UserError(f"--dataset is {self.dataset!r}; choose {', '.join(DATASETS)}")
+        if self.image_size < 1:
+            raise UserError(f"--image_size is {self.image_size}; it must be at least 1")
+        if self.limit < 0:
+            raise UserError(f"--limit is {self.limit}; give a number of images, or 0 for all")
+        if self.random_crop and self.dataset == "mnist":
+            raise UserError("--random_crop True needs a folder of images; leave it out for --dataset mnist")
+
+    def load(self, say=print) -> list[PlainDataset]:
+        """Every data set that `data_root` names.
+
+        Raises:
+            UserError: nothing there, or nothing that can be read.
+        """
+        roots = [root.strip() for root in self.data_root.split(",")]
+        return [DATASETS[self.dataset](root, self.image_size, self.limit, say=say) for root in roots]
+
+    def parts(self, channels: int, *, seed: int, say=print) -> Split:
+        """Datasets (not indices) to train, validate and test on; what has no parts of its own is split by the seed."""
+        datasets = self.load(say)
+        splits = [dataset.split(seed) for dataset in datasets]
+        parts = {}
+        for name in Split._fields:
+            crops = self.random_crop and name == "train"
+            chosen = [Part(d, getattr(split, name), channels) for d, split in zip(datasets, splits, strict=True)]
+            parts[name] = ConcatDataset([RandomCrops(part, self.image_size) if crops else part for part in chosen])
+        return Split(**parts)
+
+
+class Part(Dataset):
+    """Some images of a data set, float32 (channels, S, S) in [-1, 1]: grey is repeated, colours are averaged."""
+
+    def __init__(self, dataset: PlainDataset, indices: np.ndarray, channels: int):
+        self.dataset, self.indices, self.channels = dataset, indices, channels
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, place) -> np.ndarray:
+        return with_channels(self.dataset[self.indices[place]], self.channels)
+
+
+class RandomCrops(Dataset):
+    """Random squares of a part's images, at the size that the files have; the files are held in memory as bytes.
+
+    Raises:
+        UserError: an image that cannot be read, or is smaller than a square.
+    """
+
+    def __init__(self, part: Part, size: int):
+        self.size, self.channels, self.images = size, part.channels, []
+        for path in part.dataset.source[part.indices]:
+            image = np.asarray(read_rgb(path))
+            if min(image.shape[:2]) < size:
+                raise UserError(f"--image_size {size} is larger than {path} ({image.shape[1]} x {image.shape[0]})")
+            self.images.append(image)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place) -> np.ndarray:
+        image = self.images[place]
+        top, left = (random.randrange(side - self.size + 1) for side in image.shape[:2])
+        crop = image[top : top + self.size, left : left + self.size]
+        pixels = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+        return with_channels(pixels, self.channels)
+
+
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """An image (C, H, W) with another number of channels, 1 or 3."""
+    if len(image) == channels:
+        return image
+    return np.repeat(image, channels, axis=0) if len(image) == 1 else image.mean(axis=0, keepdims=True)

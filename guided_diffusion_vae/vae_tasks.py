@@ -1,0 +1,249 @@
+"""What training an autoencoder minimises: plain VAEs and KL autoencoders behind one contract.
+
+A task owns the network that is published (`model`), what is learnt beside it (a projection, a discriminator), and the
+losses of a batch of images (N, C, H, W) in [-1, 1]. Losses are sums over pixels, averaged over the batch, as published.
+"""
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch as th
+import torch.nn as nn
+
+from . import checkpoint
+from .autoencoders.base import VAEBase
+from .autoencoders.conv import MODELS
+from .autoencoders.kl import KLAutoencoder, KLConfig
+from .autoencoders.objectives import Objective, ObjectiveConfig, restore_from_training_checkpoint
+from .config import UserError
+from .data.vae_data import VAEDataConfig
+from .vae_wrapper import open_autoencoder
+
+KL = "kl"
+NOMINAL = 256  # attn_resolutions are those of an image of this side
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEModelConfig:
+    """The autoencoder. latent_dim, base_channels and beta are of plain VAEs, what follows them of KL autoencoders."""
+
+    model: str = KL  # kl (a map of latents, for diffusion), or a plain VAE: celeba, mnist
+    latent_dim: int = 128  # length of a plain VAE's latent vector
+    base_channels: int = 32  # base width of a plain VAE
+    beta: float = 1.0  # weight of a plain VAE's KL term
+    ch: int = 32  # base width
+    ch_mult: str = "1,2,3"  # width of each level; one level more halves the latent once more
+    num_res_blocks: int = 1  # residual blocks a level of the encoder; the decoder has one more
+    z_channels: int = 4  # channels of the latent
+    in_channels: int = 3  # channels of the images: 3, or 1 for grey
+    attn_resolutions: str = ""  # sizes at which it attends, of an image of 256 pixels, with commas; empty: none
+    mid_attn: bool = False  # attend in the middle; False keeps it fast and indifferent to size
+    norm_groups: int = 8  # groups of the norms; 32 in large autoencoders
+    dropout: float = 0.0  # in the residual blocks
+
+    def __post_init__(self):
+        if self.model not in (KL, *MODELS):
+            raise UserError(f"--model is {self.model!r}; choose {', '.join((KL, *MODELS))}")
+        for name in ("latent_dim", "base_channels", "ch", "num_res_blocks", "z_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ch_mult.replace(" ", "")):
+            raise UserError(f"--ch_mult is {self.ch_mult!r}; give whole numbers with commas, such as 1,2,4")
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.attn_resolutions.replace(" ", "")):
+            raise UserError(f"--attn_resolutions is {self.attn_resolutions!r}; give whole numbers with commas, or none")
+        if self.ch % self.norm_groups:
+            raise UserError(f"--ch is {self.ch}, which --norm_groups {self.norm_groups} does not divide")
+        if self.in_channels not in (1, 3):
+            raise UserError(f"--in_channels is {self.in_channels}; images have 3 channels, or 1 if grey")
+
+    @property
+    def latent_size(self) -> int:
+        """What names the latent: its length, or its channels."""
+        return self.z_channels if self.model == KL else self.latent_dim
+
+    def build(self, image_size: int) -> nn.Module:
+        """A new network of this configuration."""
+        if self.model != KL:
+            sizes = {"latent_dim": self.latent_dim, "base_channels": self.base_channels}
+            return MODELS[self.model](**sizes, **({"image_size": image_size} if self.model == "celeba" else {}))
+        config = KLConfig(
+            ch=self.ch,
+            ch_mult=tuple(int(word) for word in self.ch_mult.split(",")),
+            num_res_blocks=self.num_res_blocks,
+            attn_resolutions=tuple(int(word) for word in self.attn_resolutions.split(",") if word.strip()),
+            resolution=NOMINAL,
+            in_channels=self.in_channels,
+            out_ch=self.in_channels,
+            z_channels=self.z_channels,
+            embed_dim=self.z_channels,
+            dropout=self.dropout,
+            mid_attn=self.mid_attn,
+            norm_groups=self.norm_groups,
+        )
+        if image_size % config.downsample:
+            f = config.downsample
+            raise UserError(f"--image_size is {image_size}, which an f{f} autoencoder cannot divide by {f}")
+        return KLAutoencoder(config)
+
+
+class PlainTask(nn.Module):
+    """recon + beta KL of a plain VAE."""
+
+    discriminator = None
+
+    def __init__(self, model: VAEBase, beta: float = 1.0):
+        super().__init__()
+        self.model, self.beta = model, beta
+        self.channels = model.image_shape[0]
+        self.precision = nullcontext
+
+    def judges(self, step: int) -> bool:
+        """Whether a discriminator learns at this step: there is none."""
+        return False
+
+    def latent_shape(self, image_size: int) -> tuple[int, ...]:
+        """(latent_dim,)."""
+        return (self.model.latent_dim,)
+
+    def loss(self, images: th.Tensor, noise: th.Tensor, step: int):
+        """(loss, its terms, reconstruction) of images with the given noise of z."""
+        x = self.model.from_images(images)
+        with self.precision():
+            found = self.model.loss(x, beta=self.beta, noise=noise)
+        return found.loss, {"loss": found.loss.detach(), "recon": found.recon.detach(), "kl": found.kl.detach()}, None
+
+    def reconstruct(self, images: th.Tensor) -> th.Tensor:
+        """Images through the mean of their posterior."""
+        return self.model.to_images(self.model.reconstruct(self.model.from_images(images)))
+
+    def sample(self, n: int, image_size: int, generator: th.Generator) -> th.Tensor:
+        """n images of z from N(0, I)."""
+        return self.model.to_images(self.model.sample(n, generator=generator))
+
+
+class KLTask(nn.Module):
+    """The full objective of a KL autoencoder: pixels, LPIPS, KL, discriminator, alignment."""
+
+    def __init__(self, model: KLAutoencoder, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.discriminator = objective.discriminator
+        self.channels = model.config.in_channels
+        self.precision = nullcontext  # or an autocast, in which the networks run but no sum over pixels
+
+    def latent_shape(self, image_size: int) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return (self.model.config.embed_dim, *[image_size // self.model.config.downsample] * 2)
+
+    def loss(self, images: th.Tensor, noise: th.Tensor, step: int):
+        """(loss, its terms, reconstruction) of images with the given noise of z."""
+        with self.precision():
+            posterior = self.model.encode(images)
+            z = posterior.sample(noise)
+            recon = self.model.decode(z)
+        recon = recon.to(images.dtype)
+        loss, terms = self.objective.autoencoder_loss(
+            images,
+            recon,
+            posterior,
+            z,
+            step=step,
+            encoder_last=self.model.encoder.conv_out.weight,
+            decoder_last=self.model.decoder.conv_out.weight,
+        )
+        return loss, terms, recon.detach()
+
+    def discriminator_loss(self, images: th.Tensor, recon: th.Tensor, step: int):
+        """(loss, its terms) of the discriminator."""
+        return self.objective.discriminator_loss(images, recon, step=step)
+
+    def judges(self, step: int) -> bool:
+        """Whether the discriminator learns at this step."""
+        return self.discriminator is not None and self.objective.delta(step) > 0
+
+    @th.no_grad()
+    def reconstruct(self, images: th.Tensor) -> th.Tensor:
+        """Images through the mean of their posterior."""
+        return self.model.decode(self.model.encode(images).mean)
+
+    def state_dict(self, *args, **kwargs):
+        """All that is learnt: not the weights of LPIPS and of the foundation model, which come from their files."""
+        frozen = ("objective.perceptual_loss.", "objective.foundation_model.")
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith(frozen)}
+
+    @th.no_grad()
+    def sample(self, n: int, image_size: int, generator: th.Generator) -> th.Tensor:
+        """n images of z from N(0, I): noise unless the KL term was strong; a diffusion model gives better z."""
+        z = th.randn((n, *self.latent_shape(image_size)), generator=generator)
+        return self.model.decode(z.to(next(self.model.parameters()).device))
+
+
+def create_task(config: VAEModelConfig, objective: ObjectiveConfig, *, image_size: int, ckpt: str = "", say=print):
+    """The task of a training run, on a new network or on that of a checkpoint.
+
+    Args:
+        ckpt: of a KL autoencoder, what `--vae_path` takes; its architecture is then the file's. A VA-VAE training
+            checkpoint also gives its discriminator, LPIPS, projection and foundation model to the parts that want them.
+            Of a plain VAE, a checkpoint of vae_train.py.
+    """
+    if config.model != KL:
+        if not ckpt:
+            return PlainTask(config.build(image_size), config.beta)
+        task, settings = load_plain(ckpt)
+        if (settings["model"], task.model.latent_dim) != (config.model, config.latent_dim):
+            raise UserError(
+                f"--ckpt {ckpt} is of --model {settings['model']} --latent_dim {task.model.latent_dim}, not of"
+                f" --model {config.model} --latent_dim {config.latent_dim}"
+            )
+        return PlainTask(task.model.train(), config.beta)
+    if ckpt:
+        model, _ = open_autoencoder(ckpt)
+        say(f"starting from {ckpt}: f{model.config.downsample}, {model.config.embed_dim} channels of latents")
+    else:
+        model = config.build(image_size)
+    task = KLTask(model, Objective(objective, model.config.embed_dim, model.config.in_channels))
+    if ckpt.endswith((".pt", ".ckpt")):
+        found = restore_from_training_checkpoint(task.objective, checkpoint.load_state_dict(ckpt))
+        say(f"from the same file: {', '.join(found) or 'nothing else'}")
+    return task
+
+
+def default_folder(data: VAEDataConfig, config: VAEModelConfig) -> str:
+    """Where a run goes if nobody says."""
+    return f"runs/vae/{data.dataset}_{config.model}_z{config.latent_size}_s{data.image_size}"
+
+
+def is_plain(ckpt: str) -> bool:
+    """Whether a file is a plain VAE's checkpoint; anything else is for `VAEInterface`.
+
+    Raises:
+        UserError: nothing is named, or a KL autoencoder's training state.
+    """
+    if not ckpt:
+        raise UserError("--ckpt is empty; give a plain VAE's last.pt, or what --vae_path takes")
+    if not (ckpt.endswith(".pt") and Path(ckpt).is_file()):
+        return False
+    state = checkpoint.load(ckpt)
+    arguments = state.get("arguments") if isinstance(state, dict) else None
+    if arguments and arguments["model"] == KL:
+        raise UserError(f"--ckpt {ckpt} is a KL autoencoder's training state: give the .safetensors beside it")
+    return bool(arguments)
+
+
+def load_plain(path) -> tuple[PlainTask, dict]:
+    """The plain VAE of a checkpoint of vae_train.py, and the settings of its run.
+
+    Raises:
+        UserError: another file.
+    """
+    state = checkpoint.load(path)
+    if not isinstance(state, dict) or not {"model", "arguments"} <= set(state):
+        raise UserError(f"--ckpt {path} is no checkpoint of vae_train.py (last.pt, epoch_XXXX.pt)")
+    settings = state["arguments"]
+    config = VAEModelConfig(**{f.name: settings[f.name] for f in fields(VAEModelConfig)})
+    model = config.build(settings["image_size"])
+    model.load_state_dict(state["model"])
+    return PlainTask(model.eval(), config.beta), settings
