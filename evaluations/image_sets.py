@@ -44,7 +44,10 @@ def read_folder(folder, flag: str, size: tuple[int, int] | None = None) -> Image
         raise UserError(str(error).replace("--data_dir", flag)) from error
     height, width = size or read_rgb(found.paths[0]).size[::-1]
     box = Image.Resampling.BOX
-    images = [np.asarray(ImageOps.fit(read_rgb(path), (width, height), method=box)) for path in found.paths]
+    try:
+        images = [np.asarray(ImageOps.fit(read_rgb(path), (width, height), method=box)) for path in found.paths]
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
     return ImageSet(np.stack(images), np.array(found.labels), found.class_names)
 
 
@@ -56,8 +59,9 @@ def read_samples(path) -> ImageSet:
     """
     if not path:
         raise UserError("--samples is empty; give the .npz or the folder of PNGs that image_sample_vae.py wrote")
-    if Path(path).is_dir():
-        return read_folder(path, "--samples")
+    if Path(path).is_dir():  # the sampler's own folder holds grids beside its samples
+        inner = Path(path) / "png"
+        return read_folder(inner if inner.is_dir() else path, "--samples")
     pixels, labels = _read_npz(path)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise UserError(
@@ -79,7 +83,7 @@ def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:
     except KeyError as error:
         raise UserError(f"--samples {path} has no array arr_0; was it written by image_sample_vae.py?") from error
     except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--samples {path} is not a readable .npz file ({error})") from error
+        raise UserError(f"--samples {path} is not a readable .npz file; give that of image_sample_vae.py") from error
 
 
 def renumber(images: ImageSet, class_names: list[str], flag: str) -> ImageSet:

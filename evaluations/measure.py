@@ -185,6 +185,9 @@ def _refuse_too_few(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> No
         raise UserError(f"--real_dir has {few} images of {name}; the judge needs at least {FEWEST} of every user")
     if heldout.labels is None:
         raise UserError("--heldout_dir shows none of the users of --real_dir; give other sessions of the same users")
+    known = {image.tobytes() for image in train.pixels}
+    if all(image.tobytes() in known for image in heldout.pixels):
+        raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     kept = np.maximum(1, counts // ASIDE).sum()
     for flag, n in (("--samples", len(samples.pixels)), ("--heldout_dir", len(heldout.pixels)), ("--real_dir", kept)):
         if n < FEWEST_IN_SET:

@@ -82,7 +82,7 @@ def load(path, map_location="cpu"):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} {'is a folder; give a file in it' if path.is_dir() else 'does not exist'}")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -97,8 +97,8 @@ def load(path, map_location="cpu"):
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "blocked" in line), "")
         raise UserError(f"{path} holds more than tensors and is not loaded. {reason}".strip()) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else "the file is empty"
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
+        size = path.stat().st_size
+        raise UserError(f"{path} is damaged or not a checkpoint ({size:,} bytes; was it copied whole?)") from error
 
 
 def load_state_dict(path, map_location="cpu") -> dict[str, th.Tensor]:

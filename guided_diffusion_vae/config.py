@@ -223,7 +223,10 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"--config {path} does not exist")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"--config {path} is larger than 1 MB; that is no recipe")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not a text file; give a recipe (.yaml)") from error
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise UserError(f"--config {path} uses YAML aliases (*name); write the values out")

@@ -6,6 +6,7 @@ step) alone: a resumed run only calls `seek(step)`, two processes with batch b s
 smaller than the batch wraps around. Random numbers of a step are drawn for all its slots and sliced in the same way.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import torch as th
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from . import dist_util
 from .checkpoint import atomic_write
@@ -26,6 +28,7 @@ from .data.image_folder import ImageFolder, list_files, list_images, read_rgb, r
 from .vae_wrapper import warn_unless_unit_variance
 
 ENCODE_BATCH = 32
+PARTS = {"train", "val", "valid", "validation", "test"}  # names of folders that hold no person
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,10 @@ class BatchStream(Iterator):
             loader = DataLoader(self.order, batch_sampler=self.positions(self.step), num_workers=self.num_workers)
             self._batches = iter(loader)
         self.step += 1
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except UserError as error:  # a worker's comes with its whole traceback in the text
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -159,10 +165,29 @@ def check_classes(folder: ImageFolder, data_dir) -> ImageFolder:
     """
     if len(folder.class_names) < 2:
         raise UserError(
-            f"--class_cond True, but --data_dir {data_dir} holds one class only ({folder.class_names[0]});"
-            " give each user a subfolder, or --class_cond False"
+            f"--class_cond True, but all images of --data_dir {data_dir} are of one class ({folder.class_names[0]}): a"
+            " class is a subfolder, or what stands before the first _ of the names; give several, or --class_cond False"
+        )
+    if set(folder.class_names) <= PARTS:
+        raise UserError(
+            f"--data_dir {data_dir} holds the parts {', '.join(folder.class_names)}, not users:"
+            f" give {Path(data_dir) / 'train'}"
         )
     return folder
+
+
+def describe(folder: ImageFolder, data_dir, image_size: int) -> str:
+    """One line on what was found: how many images of whom, and what becomes of their size."""
+    counts = np.bincount(folder.labels, minlength=len(folder.class_names))
+    shown = ", ".join(f"{name} ({n})" for name, n in list(zip(folder.class_names, counts, strict=True))[:4])
+    more = f", ... {folder.class_names[-1]} ({counts[-1]})" if len(counts) > 4 else ""
+    line = f"{len(folder.paths)} images of {len(counts)} classes: {shown}{more}"
+    with contextlib.suppress(UserError):  # unreadable images are named later, all at once
+        width, height = read_rgb(folder.paths[0]).size
+        line += "" if width == height == image_size else f"; {width} x {height} pixels, scaled to {image_size}"
+    folders = {path.name for path in Path(data_dir).iterdir() if path.is_dir() and not path.name.startswith(".")}
+    empty = sorted(folders - set(folder.class_names)) if folders & set(folder.class_names) else []
+    return line + (f"; no images in {', '.join(empty)}" if empty else "")
 
 
 def _list_image_files_recursively(data_dir):
@@ -251,9 +276,12 @@ def load_data_with_vae(
     folder = list_images(data_dir)
     if class_cond:
         check_classes(folder, data_dir)
+    elif set(folder.class_names) <= PARTS:
+        say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
     vae.latent_shape(image_size)  # complains here, in one line, about a size that the autoencoder cannot halve
     if skip_bad_images:
         folder = drop_bad_images(folder, say)
+    say(dist_util.rank0_first(lambda: describe(folder, data_dir, image_size)))
     dataset = ImageDataset(image_size, folder.paths, classes=folder.labels, random_flip=random_flip)
     if cache_latents and not vae.is_pixel:
         if random_flip:
@@ -383,7 +411,8 @@ def encode_folder(images: ImageDataset, vae, place: Path, index: dict, say) -> N
     moments = np.lib.format.open_memmap(partial, mode="r+")
     mine = list(range(dist_util.rank(), len(images), dist_util.world_size()))
     bad = []
-    for first in range(0, len(mine), ENCODE_BATCH):
+    bar = tqdm(range(0, len(mine), ENCODE_BATCH), "encoding", disable=dist_util.rank() > 0, leave=False, delay=2)
+    for first in bar:
         batch, kept = [], []
         for i in mine[first : first + ENCODE_BATCH]:
             try:

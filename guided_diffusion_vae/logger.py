@@ -17,6 +17,9 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+from .checkpoint import SaveError
+from .config import UserError
+
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
@@ -228,7 +231,12 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     if not dir:
         dir = os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
     dir = os.path.expanduser(dir)
-    os.makedirs(dir, exist_ok=True)
+    try:
+        os.makedirs(dir, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--log_dir {dir} is a file, or lies below one; give a folder") from error
+    except OSError as error:
+        raise SaveError(f"--log_dir {dir} cannot be made ({error.strerror}); choose another folder") from error
     rank = get_rank_without_mpi_import()
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"

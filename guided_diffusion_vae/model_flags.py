@@ -21,6 +21,8 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], *, path,
     Raises:
         UserError: another shape; names the first differing keys and the flags that would fit.
     """
+    if not state_dict or not all(th.is_tensor(value) for value in state_dict.values()):
+        raise UserError(f"{path} holds no weights: give a model*.pt or ema_*.pt")
     wanted = model.state_dict()
     differ = [key for key in wanted if key not in state_dict or state_dict[key].shape != wanted[key].shape]
     differ += [key for key in state_dict if key not in wanted]

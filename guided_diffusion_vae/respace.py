@@ -56,9 +56,11 @@ def _by_stride(num_timesteps, count):
     for stride in range(1, num_timesteps):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))
+    possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps)}
+    near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
     raise ValueError(
-        f"cannot create exactly {count} steps with an integer stride: of {num_timesteps} steps,"
-        f" --timestep_respacing {count} spaces them without one"
+        f"cannot create exactly {count} steps with an integer stride: --timestep_respacing ddim{count} does not fit"
+        f" {num_timesteps} steps; give {' or '.join(f'ddim{n}' for n in near)}, or {count} without ddim"
     )
 
 

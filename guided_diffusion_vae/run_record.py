@@ -46,7 +46,9 @@ def read_run(model_path) -> tuple[dict, dict]:
     if not model_path:
         raise UserError("--model_path is empty; give the ema_*.pt or model*.pt to sample from")
     if not Path(model_path).is_file():
-        raise UserError(f"--model_path {model_path} does not exist")
+        found = sorted(path.name for path in Path(model_path).glob("ema_*.pt")) if Path(model_path).is_dir() else []
+        known = f"is a folder; give a file in it{f', such as {found[-1]}' if found else ''}"
+        raise UserError(f"--model_path {model_path} {known if Path(model_path).is_dir() else 'does not exist'}")
     path = Path(model_path).with_name("run.yaml")
     if not path.is_file():
         return {}, {}

@@ -54,6 +54,21 @@ def read_state(model_path) -> dict:
     return state
 
 
+def refuse_used_folder(folder) -> None:
+    """Refuse to start a new run where another's checkpoints lie: they would be mixed.
+
+    Raises:
+        UserError: names the last step that is there, and both ways out.
+    """
+    numbers = [_number(path, "model") for path in Path(folder).glob("model*.pt")]
+    if any(number is not None for number in numbers):
+        last = max(number for number in numbers if number is not None)
+        raise UserError(
+            f"--log_dir {folder} holds a run up to step {last}: go on with it by --resume_checkpoint auto,"
+            " or choose another --log_dir for a new one"
+        )
+
+
 def newest_checkpoint(folder) -> tuple[str, list[str]]:
     """The newest complete model file in a folder ("" if there is none), and notes on what was passed over."""
     folder, notes = Path(folder), []

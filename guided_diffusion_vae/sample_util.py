@@ -160,7 +160,10 @@ def to_pixels(images: th.Tensor) -> np.ndarray:
         UserError: not-a-number in the samples, which the evaluator would choke on.
     """
     if not th.isfinite(images).all():
-        raise UserError("the samples hold NaN or infinite values: the checkpoint is of a run that diverged")
+        raise UserError(
+            "the samples hold NaN or infinite values: the checkpoint is of a run that diverged, or --use_fp16 True"
+            " overflowed (try --use_fp16 False)"
+        )
     pixels = ((images + 1) * 127.5).clamp(0, 255).to(th.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

@@ -8,9 +8,12 @@ were. `create_model_and_diffusion_vae` is the latent twin: channels and size com
 import inspect
 from dataclasses import dataclass
 
+import torch as th
+
 from . import gaussian_diffusion as gd
 from .config import UserError, add_dict_to_argparser, args_to_dict, field_defaults, str2bool
 from .model_flags import load_weights
+from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -50,6 +53,13 @@ class ModelConfig:
     resblock_updown: bool = False  # resize with residual blocks
     use_fp16: bool = False  # half-precision weights and activations
     use_new_attention_order: bool = False  # split q, k, v before the heads
+
+    def __post_init__(self):
+        for name in ("image_size", "num_channels", "num_res_blocks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout is {self.dropout}; a probability lies between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,6 +477,17 @@ def create_gaussian_diffusion(
         rescale_timesteps=rescale_timesteps,
         likelihood=likelihood,
     )
+
+
+def try_settings(vae, *, schedule_sampler: str = "uniform", **flags) -> None:
+    """Build network and process without memory, so that a flag that cannot be is said before any image is read.
+
+    Raises:
+        ValueError: see `create_model_and_diffusion_vae`.
+    """
+    with th.device("meta"):
+        _, diffusion = create_model_and_diffusion_vae(vae, num_classes=2, **flags)
+    create_named_schedule_sampler(schedule_sampler, diffusion)
 
 
 def create_preview_diffusion(*, diffusion_steps, timestep_respacing, **settings):

@@ -128,6 +128,8 @@ class TrainLoop:
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
         self.sample_fn, self.keep_checkpoints = sample_fn, keep_checkpoints
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
+        if use_fp16 and not th.cuda.is_available():
+            logger.warn("--use_fp16 True on a CPU is correct, but several times slower than False")
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.last_step = min(filter(None, (max_steps, lr_anneal_steps)), default=None)
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else None
@@ -136,6 +138,7 @@ class TrainLoop:
         self.global_batch = batch_size * dist_util.world_size()
         self.sync_cuda = th.cuda.is_available()
         self.save_seconds = 0.0
+        self.saved_average = None  # file of the first moving average that was saved last
         self.unlogged = []  # (times, losses) since the last log row
         self.logged = time.monotonic(), 0  # when, and after how many steps, the last row was written
 
@@ -166,8 +169,15 @@ class TrainLoop:
             newest, notes = dist_util.rank0_first(lambda: newest_checkpoint(get_blob_logdir()))
             for note in notes:
                 logger.warn(note)
+            if not newest:
+                logger.log(f"no checkpoint in {get_blob_logdir()}: starting at step 0")
             return newest
-        return find_resume_checkpoint() or wanted
+        wanted = find_resume_checkpoint() or wanted
+        if wanted and not dist_util.rank0_first(Path(wanted).is_file):
+            raise UserError(f"--resume_checkpoint {wanted} does not exist; give a model*.pt, or auto")
+        if wanted and not re.search(r"model\d+\.[^/]*$", wanted):
+            logger.warn(f"{wanted} is no model*.pt of a run: its weights start a new one at step 0")
+        return wanted
 
     def _load_and_sync_parameters(self):
         self.state = {}
@@ -176,6 +186,8 @@ class TrainLoop:
             self.resume_step = self.state.get("next_step", parse_resume_step_from_filename(self.resume_checkpoint))
             logger.log(f"loading model from checkpoint: {self.resume_checkpoint}...")
             weights = dist_util.load_state_dict(self.resume_checkpoint, map_location="cpu")
+            if not all(th.is_tensor(value) for value in weights.values()):
+                raise UserError(f"--resume_checkpoint {self.resume_checkpoint} holds no weights; give a model*.pt")
             try:
                 self.model.load_state_dict(weights)
             except RuntimeError as error:
@@ -188,7 +200,7 @@ class TrainLoop:
 
     def _companion(self, name: str) -> str | None:
         """A file beside the checkpoint, if there is one. Collective."""
-        if not self.resume_checkpoint:
+        if not re.search(r"model\d+\.[^/]*$", self.resume_checkpoint):
             return None
         path = Path(self.resume_checkpoint).with_name(name)
         return str(path) if dist_util.rank0_first(path.is_file) else None
@@ -262,7 +274,7 @@ class TrainLoop:
                 self.run_step(batch, cond)
                 step = self.step + self.resume_step
                 if self.step % self.log_interval == 0:
-                    self._dump_log(bar)
+                    self._dump_log(bar, self.step + 1)
                 bar.update(1)
                 self.step += 1
                 if step % self.save_interval == 0:
@@ -274,7 +286,11 @@ class TrainLoop:
                 if reason:
                     if saved != step:
                         self.save(step + 1)
+                    if dist_util.rank() == 0 and get_blob_logdir():
+                        (Path(get_blob_logdir()) / "STOP").unlink(missing_ok=True)
                     raise dist_util.StopRequested(f"{reason}; saved step {step + 1}. Go on: --resume_checkpoint auto")
+            if self.unlogged:
+                self._dump_log(bar, self.step)
         if saved != self.step + self.resume_step - 1:
             self.save(self.step + self.resume_step)
 
@@ -284,14 +300,14 @@ class TrainLoop:
         shown = self.progress and dist_util.rank() == 0 and (piped or sys.stderr.isatty())
         return tqdm(total=steps, disable=not shown, unit="step", mininterval=5 if piped else 0.2, dynamic_ncols=True)
 
-    def _dump_log(self, bar):
-        """Write the log row; the losses of the interval leave the device only here."""
+    def _dump_log(self, bar, done: int):
+        """Write the log row after `done` steps; the losses of the interval leave the device only here."""
         for t, losses in self.unlogged:
             log_loss_dict(self.diffusion, t, losses)
         self.unlogged.clear()
-        now, steps = time.monotonic(), self.step + 1 - self.logged[1]
+        now, steps = time.monotonic(), done - self.logged[1]
         speed = steps * self.global_batch / max(now - self.logged[0], 1e-9)
-        self.logged = now, self.step + 1
+        self.logged = now, done
         logger.logkv("images_per_second", speed)
         row = logger.dumpkvs()
         bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}", refresh=False)
@@ -422,7 +438,14 @@ class TrainLoop:
                 prune(Path(get_blob_logdir()), self.keep_checkpoints)
 
         dist_util.rank0_first(write)
+        self.saved_average = Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_{number:06d}.pt")
         self.save_seconds = time.monotonic() - begin
+
+
+    def newest_average(self) -> Path:
+        """The file of the first moving average that was saved last."""
+        resumed = Path(self.resume_checkpoint)
+        return self.saved_average or resumed.with_name(f"ema_{self.ema_rate[0]}_{self._named_step():06d}.pt")
 
 
 class StopSignals:

@@ -28,7 +28,8 @@ def main(argv=None):
 
     report = evaluate(train, heldout, samples, epochs=run.judge_epochs, seed=run.seed, progress=True)
     print(report)
-    out = Path(run.out_dir or Path(run.samples).parent / "report")
+    given = Path(run.samples)
+    out = Path(run.out_dir or (given if (given / "png").is_dir() else given.parent) / "report")
     report.save(out / "report.json")
     save_picture(comparison(train, samples), out / "comparison.png")
     print(f"written: {out / 'report.json'} and {out / 'comparison.png'}")

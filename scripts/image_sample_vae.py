@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from guided_diffusion_vae import dist_util, logger
-from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 from guided_diffusion_vae.run_record import read_run, refuse_contradictions
 from guided_diffusion_vae.sample_util import (
     SamplingConfig,
@@ -31,7 +31,7 @@ from guided_diffusion_vae.script_util import (
     load_weights,
     model_and_diffusion_defaults,
 )
-from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
+from guided_diffusion_vae.vae_wrapper import PIXEL, VAEConfig, load_vae
 
 NETWORK = (ModelConfig, DiffusionConfig, VAEConfig)
 GRID_COLUMNS, GRID_IMAGES = 8, 64
@@ -43,6 +43,10 @@ def main(argv=None):
     network_names = [field.name for section in NETWORK for field in fields(section)]
     run = parse_run(parser, argv, base={name: settings[name] for name in network_names if name in settings})
     refuse_contradictions(run, settings, network_names)
+    if "clip_denoised" not in run.given:
+        run = run.replace(clip_denoised=run.vae_path == PIXEL)
+    if run.users and not run.class_cond:
+        raise UserError(f"--users {run.users}: this model was trained with --class_cond False; leave --users out")
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
@@ -75,7 +79,7 @@ def main(argv=None):
         classes=classes_in_turn(run.users, class_names) if run.class_cond else None,
         num_classes=len(class_names) if run.class_cond else None,
         use_ddim=run.use_ddim,
-        clip_denoised=run.clip_denoised if "clip_denoised" in run.given else vae.is_pixel,
+        clip_denoised=run.clip_denoised,
         seed=run.seed,
         per_image_seed=run.per_image_seed,
         progress=True,

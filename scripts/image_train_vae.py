@@ -16,6 +16,7 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_record import save_run
+from guided_diffusion_vae.run_state import refuse_used_folder
 from guided_diffusion_vae.sample_util import Preview
 from guided_diffusion_vae.script_util import (
     DiffusionConfig,
@@ -25,6 +26,7 @@ from guided_diffusion_vae.script_util import (
     create_preview_diffusion,
     diffusion_defaults,
     model_and_diffusion_defaults,
+    try_settings,
 )
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
@@ -46,10 +48,15 @@ def main(argv=None):
     if run.dry_run:
         return
     dist_util.setup_dist()
-    logger.configure(dir=run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train")
+    folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train"
+    if not run.resume_checkpoint:
+        dist_util.rank0_first(lambda: refuse_used_folder(folder))
+    vae = load_vae(run.section(VAEConfig)).to(dist_util.dev())
+    model_flags = args_to_dict(run, model_and_diffusion_defaults())
+    try_settings(vae, schedule_sampler=run.schedule_sampler, **model_flags)
+    logger.configure(dir=folder)
 
     logger.log("creating data loader...")
-    vae = load_vae(run.section(VAEConfig)).to(dist_util.dev())
     data_flags = asdict(run.section(DataConfig))
     data = load_data_with_vae(
         **data_flags,
@@ -63,11 +70,8 @@ def main(argv=None):
 
     logger.log("creating model and diffusion...")
     th.manual_seed(run.seed)
-    model, diffusion = create_model_and_diffusion_vae(
-        vae, num_classes=len(data.class_names), **args_to_dict(run, model_and_diffusion_defaults())
-    )
-    if dist_util.rank() == 0:
-        save_run(run, logger.get_dir(), class_names=data.class_names, autoencoder=vae.fingerprint)
+    model, diffusion = create_model_and_diffusion_vae(vae, num_classes=len(data.class_names), **model_flags)
+    logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     preview = Preview(
         model,
@@ -83,7 +87,7 @@ def main(argv=None):
     logger.log("training...")
     train_flags = asdict(run.section(TrainConfig))
     schedule_sampler = create_named_schedule_sampler(train_flags.pop("schedule_sampler"), diffusion)
-    TrainLoop(
+    loop = TrainLoop(
         model=model,
         diffusion=diffusion,
         data=data,
@@ -92,7 +96,11 @@ def main(argv=None):
         sample_fn=preview,
         progress=True,
         **train_flags,
-    ).run_loop()
+    )
+    if dist_util.rank() == 0:  # only now: a command that cannot start must not describe the run that lies there
+        save_run(run, logger.get_dir(), class_names=data.class_names, autoencoder=vae.fingerprint)
+    loop.run_loop()
+    logger.log(f"done: python scripts/image_sample_vae.py --model_path {loop.newest_average()} draws from it")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ def test_a_rank_that_fails_ends_the_job(launcher, fails_on, tmp_path):
         (["--data_dir", "tests/golden/adm_keys"], ["holds no images"]),
         (["--vae_path", "nowhere.pt"], ["--vae_path nowhere.pt does not exist"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml does not exist"]),
-        (["--schedule_sampler", "best", "--dry_run", "False"], ["data_dir"]),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(flags, words, tmp_path):
@@ -123,6 +122,26 @@ def test_bad_input_is_one_line_and_code_2(flags, words, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
 
 
-def test_a_log_folder_that_cannot_be_written_is_the_machines_fault():
-    done = script("image_train_vae.py", "--log_dir", "/proc/nowhere", "--data_dir", "tests", check=False)
-    assert done.returncode in (2, 3) and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_a_log_folder_that_cannot_be_made_is_the_machines_fault_and_a_file_the_users(tmp_path):
+    (tmp_path / "file").touch()
+    for place, code in (("/proc/nowhere", 3), (tmp_path / "file", 2), (tmp_path / "file" / "below", 2)):
+        done = script("image_train_vae.py", "--log_dir", place, "--data_dir", "tests", check=False)
+        assert done.returncode == code and done.stderr.startswith("error: --log_dir"), done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--attention_resolutions", "foo"], "attention_resolutions"),
+        (["--num_channels", "40"], "num_channels"),
+        (["--noise_schedule", "sine"], "noise_schedule"),
+        (["--schedule_sampler", "best"], "schedule_sampler"),
+        (["--timestep_respacing", "ddim999"], "give ddim500 or ddim1000, or 999 without ddim"),
+        (["--dropout", "2"], "--dropout is 2.0"),
+        (["--config", "tests/golden/adm_losses.npz"], "is not a text file"),
+    ],
+)
+def test_settings_are_checked_before_any_image_is_read(flags, words, tmp_path):
+    done = script("image_train_vae.py", "--log_dir", tmp_path, "--data_dir", "nowhere", *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr and "--data_dir" not in done.stderr, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import zlib
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_an_interrupted_encoding_is_done_again(folder):
     place = folder / ".latents" / f"{vae.fingerprint}-32"
     (place / "index.json").unlink()
     load(folder, vae, say=said.append)
-    assert "encoding" in said[0] and json.loads((place / "index.json").read_text())["image_size"] == 32
+    assert "encoding" in said[1] and json.loads((place / "index.json").read_text())["image_size"] == 32
 
 
 def test_a_cache_of_another_autoencoder_is_refused(folder, tmp_path_factory):
@@ -173,6 +174,31 @@ def test_noise_of_a_step_is_one_draw_for_all_slots():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_parts_are_not_persons(folder):
+    for part in ("train", "test"):
+        shutil.copytree(folder / "user_00", folder / "all" / part / "user_00")
+    with pytest.raises(UserError, match="holds the parts test, train, not users: give .*all/train"):
+        load(folder / "all", VAEInterface(), class_cond=True)
+    said = []
+    load(folder / "all", VAEInterface(), say=said.append)
+    assert "held-out images are in" in said[0]
+
+
+def test_what_was_found_is_said(folder):
+    (folder / "user_09").mkdir()
+    said = []
+    load(folder, VAEInterface(), say=said.append)
+    assert said[0] == "12 images of 3 classes: user_00 (4), user_01 (4), user_02 (4); no images in user_09"
+
+
+def test_an_image_that_breaks_in_a_worker_is_one_line(folder):
+    bad = folder / "user_01" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    stream = data.load_data(data_dir=folder, batch_size=12, image_size=32, deterministic=True, num_workers=1)
+    with pytest.raises(UserError, match=r"^\S*2\.png cannot be read as an image [^\n]*$"):
+        next(stream)
+
+
 def test_unreadable_images_are_refused_by_name_or_left_out(folder):
     bad = folder / "user_01" / "2.png"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -185,7 +211,7 @@ def test_unreadable_images_are_refused_by_name_or_left_out(folder):
 
 def test_one_class_is_not_a_condition(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "user_1.png")
-    with pytest.raises(UserError, match="--class_cond True, but .* one class only"):
+    with pytest.raises(UserError, match=r"--class_cond True, but .* are of one class \(user\): a class is"):
         load(tmp_path, VAEInterface("pixel"), class_cond=True)
 
 

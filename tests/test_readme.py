@@ -13,7 +13,10 @@ SMALLER = {
     "image_train_vae.py": "--max_steps 2 --lr_anneal_steps 0 --num_channels 32 --batch_size 2 --sample_interval 0",
     "image_sample_vae.py": "--num_samples 16 --timestep_respacing 2",
     "evaluate_samples.py": "--judge_epochs 1",
-    "vae_train.py": "--steps 2 --batch_size 1",
+    "check_vae.py": "",
+    "vae_train.py": "--max_steps 2 --batch_size 1",
+    "vae_test.py": "",
+    "vae_infer.py": "--n 2",
 }
 
 
@@ -30,8 +33,8 @@ def test_the_readme_from_people_to_report(tmp_path):
     for ranks, name, flags in commands(text):
         flags = [flag.replace("DATA", f"{tmp_path}/data").replace("runs/", f"{tmp_path}/runs/") for flag in flags]
         flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_16x", flag)) for flag in flags]
-        if name == "vae_train.py":
-            flags += ["--out_dir", f"{tmp_path}/runs/vae"]
+        if name == "check_vae.py":
+            flags += ["--report_dir", f"{tmp_path}/runs/check_vae"]
         script(name, *flags, *SMALLER[name].split(), ranks=ranks)
         done.append(name)
     assert set(done) == set(SMALLER)
@@ -44,7 +47,11 @@ def test_the_readme_from_people_to_report(tmp_path):
         "runs/one/samples/report/comparison.png",
         "runs/mine/samples/png/user_03",
         "runs/mine/samples/png/user_07",
-        "runs/vae/microdoppler-f4.safetensors",
+        "runs/mine/samples/report/report.json",
+        "runs/check_vae/worst.png",
+        "runs/vae/mine/microdoppler-f4.safetensors",
+        "runs/vae/mine/test/report.json",
+        "runs/vae/through/grid.png",
     ):
         assert (tmp_path / promised).exists(), promised
     assert not (tmp_path / "runs/mine/samples/png/user_00").exists()

@@ -90,6 +90,28 @@ def test_a_flag_that_contradicts_the_run_is_one_line(trained, tmp_path, flags, w
     assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
 
 
+def test_files_that_are_no_network_are_one_line(trained, tmp_path):
+    for name, words in (
+        ("opt000003.pt", "holds no weights"),
+        ("state000003.pt", "holds no weights"),
+        ("", "is a folder"),
+    ):
+        done = script(
+            "image_sample_vae.py", "--model_path", trained.with_name(name) if name else trained.parent, check=False
+        )
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_users_of_a_network_that_knows_none_are_refused(trained, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        (trained.parent / "run.yaml").read_text().replace("class_cond: true", "class_cond: false")
+    )
+    (tmp_path / trained.name).write_bytes(trained.read_bytes())
+    done = sample(tmp_path / trained.name, tmp_path, "--users", "7", check=False)
+    assert done.returncode == 2 and "knows no users" in done.stderr or "leave --users out" in done.stderr
+
+
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 

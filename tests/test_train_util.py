@@ -188,7 +188,7 @@ def test_a_stop_file_saves_and_leaves_with_75(folder, tmp_path):
     (tmp_path / "STOP").touch()
     done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 50, check=False)
     assert done.returncode == 75 and "stopped: the file STOP" in done.stderr, done.stderr
-    (tmp_path / "STOP").unlink()
+    assert not (tmp_path / "STOP").exists()  # or the advised command would stop at once
     done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 7, "--resume_checkpoint", "auto")
     assert (tmp_path / "model000005.pt").exists() and (tmp_path / "model000007.pt").exists()
 
@@ -224,6 +224,40 @@ def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path_factory, flags,
     )
     assert done.returncode == code
     assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_command_that_cannot_start_leaves_the_run_as_it_is(folder, tmp_path):
+    train(folder, tmp_path, "--batch_size", 2, "--max_steps", 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".yaml")}
+    for flags, words in (
+        (
+            ["--resume_checkpoint", tmp_path / "model000009.pt", "--num_channels", 64],
+            "does not exist; give a model*.pt",
+        ),
+        (["--resume_checkpoint", tmp_path / "opt000001.pt"], "holds no weights; give a model*.pt"),
+        (["--resume_checkpoint", "auto", "--num_channels", 64], "another shape"),
+        ([], "holds a run up to step 1: go on with it by --resume_checkpoint auto, or choose another --log_dir"),
+    ):
+        done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, *flags, check=False)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".yaml")}
+
+
+def test_the_average_of_another_run_is_only_a_start(folder, tmp_path):
+    """An ema_*.pt has no optimizer and no average of its own: its weights start a new run at step 0."""
+    train(folder, tmp_path / "a", "--batch_size", 2, "--max_steps", 2)
+    flags = ["--resume_checkpoint", tmp_path / "a" / "ema_0.9_000002.pt", "--max_steps", 1, "--lr", 1e-9]
+    done = train(folder, tmp_path / "b", "--batch_size", 2, *flags)
+    assert "its weights start a new one at step 0" in done.stdout and "loading EMA" not in done.stdout
+    assert_same(weights(tmp_path / "a", "ema_0.9_000002.pt"), weights(tmp_path / "b", "model000001.pt"), atol=1e-6)
+
+
+def test_a_short_run_ends_with_a_row_and_the_next_command(folder, tmp_path):
+    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, "--log_interval", 100)
+    rows = (tmp_path / "progress.csv").read_text().splitlines()
+    assert rows[0].split(",")[-1] == "step" and [row.split(",")[-1] for row in rows[1:]] == ["0", "2"]
+    assert f"--model_path {tmp_path / 'ema_0.9_000003.pt'} draws from it" in done.stdout
+    assert "10 images of 2 classes: user_00 (5), user_01 (5)" in done.stdout
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, monkeypatch):
