@@ -43,7 +43,7 @@ def test_refusals_of_the_second_set(key):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("ddim300", "exactly 300 steps .*of 1000 steps, --timestep_respacing 300"),
+        ("ddim300", "exactly 300 steps .*ddim300 does not fit 1000 steps; give ddim250 or ddim334, or 300 without"),
         ("ddimx", "--timestep_respacing is 'ddimx'"),
         ("2000", "section of 1000 steps into 2000"),
         ("-5", "--timestep_respacing asks for -5 steps"),

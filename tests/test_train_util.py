@@ -1,6 +1,7 @@
 """The training loop against upstream's numbers, against itself on two processes, and against kill -9."""
 
 import copy
+import csv
 import os
 import signal
 import subprocess
@@ -227,16 +228,16 @@ def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path_factory, flags,
 
 
 def test_a_command_that_cannot_start_leaves_the_run_as_it_is(folder, tmp_path):
-    train(folder, tmp_path, "--batch_size", 2, "--max_steps", 1)
+    train(folder, tmp_path, "--batch_size", 2, "--max_steps", 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".yaml")}
     for flags, words in (
         (
             ["--resume_checkpoint", tmp_path / "model000009.pt", "--num_channels", 64],
             "does not exist; give a model*.pt",
         ),
-        (["--resume_checkpoint", tmp_path / "opt000001.pt"], "holds no weights; give a model*.pt"),
+        (["--resume_checkpoint", tmp_path / "opt000002.pt"], "holds no weights; give a model*.pt"),
         (["--resume_checkpoint", "auto", "--num_channels", 64], "another shape"),
-        ([], "holds a run up to step 1: go on with it by --resume_checkpoint auto, or choose another --log_dir"),
+        ([], "holds a run up to step 2: go on with it by --resume_checkpoint auto, or choose another --log_dir"),
     ):
         done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, *flags, check=False)
         assert done.returncode == 2 and words in done.stderr, done.stderr
@@ -249,13 +250,13 @@ def test_the_average_of_another_run_is_only_a_start(folder, tmp_path):
     flags = ["--resume_checkpoint", tmp_path / "a" / "ema_0.9_000002.pt", "--max_steps", 1, "--lr", 1e-9]
     done = train(folder, tmp_path / "b", "--batch_size", 2, *flags)
     assert "its weights start a new one at step 0" in done.stdout and "loading EMA" not in done.stdout
-    assert_same(weights(tmp_path / "a", "ema_0.9_000002.pt"), weights(tmp_path / "b", "model000001.pt"), atol=1e-6)
+    assert_same(weights(tmp_path / "a", "ema_0.9_000002.pt"), weights(tmp_path / "b", "model000000.pt"), atol=1e-6)
 
 
 def test_a_short_run_ends_with_a_row_and_the_next_command(folder, tmp_path):
     done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, "--log_interval", 100)
-    rows = (tmp_path / "progress.csv").read_text().splitlines()
-    assert rows[0].split(",")[-1] == "step" and [row.split(",")[-1] for row in rows[1:]] == ["0", "2"]
+    with open(tmp_path / "progress.csv", newline="") as handle:
+        assert [row["step"] for row in csv.DictReader(handle)] == ["0", "2"]
     assert f"--model_path {tmp_path / 'ema_0.9_000003.pt'} draws from it" in done.stdout
     assert "10 images of 2 classes: user_00 (5), user_01 (5)" in done.stdout
 
