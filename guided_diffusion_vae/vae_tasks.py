@@ -4,6 +4,7 @@ A task owns the network that is published (`model`), what is learnt beside it (a
 losses of a batch of images (N, C, H, W) in [-1, 1]. Losses are sums over pixels, averaged over the batch, as published.
 """
 
+import inspect
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ import torch.nn as nn
 
 from . import checkpoint
 from .autoencoders.base import VAEBase
-from .autoencoders.conv import MODELS
+from .autoencoders.conv import CelebaVAE, MnistVAE
 from .autoencoders.kl import KLAutoencoder, KLConfig
 from .autoencoders.objectives import Objective, ObjectiveConfig, restore_from_training_checkpoint
 from .config import UserError
@@ -22,6 +23,7 @@ from .data.vae_data import VAEDataConfig
 from .vae_wrapper import open_autoencoder
 
 KL = "kl"
+MODELS = {"celeba": CelebaVAE, "mnist": MnistVAE}  # the plain VAEs
 NOMINAL = 256  # attn_resolutions are those of an image of this side
 
 
@@ -66,8 +68,9 @@ class VAEModelConfig:
     def build(self, image_size: int) -> nn.Module:
         """A new network of this configuration."""
         if self.model != KL:
-            sizes = {"latent_dim": self.latent_dim, "base_channels": self.base_channels}
-            return MODELS[self.model](**sizes, **({"image_size": image_size} if self.model == "celeba" else {}))
+            known = {"image_size": image_size, "latent_dim": self.latent_dim, "base_channels": self.base_channels}
+            wanted = inspect.signature(MODELS[self.model]).parameters
+            return MODELS[self.model](**{name: value for name, value in known.items() if name in wanted})
         config = KLConfig(
             ch=self.ch,
             ch_mult=tuple(int(word) for word in self.ch_mult.split(",")),

@@ -52,6 +52,7 @@ class VAETrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient of the loss per pixel; 0 = no limit
     ema_rate: float = 0.998  # of the moving average of the weights; 0 = none
     amp: str = "none"  # none, or bf16: the networks run in bfloat16; fp16 would overflow in sums over pixels
+    use_checkpoint: bool = False  # recompute a KL autoencoder's activations in backward to save memory
     log_interval: int = 100  # updates between rows of the log
     save_interval: int = 0  # updates between writings of last.pt; 0 = every epoch
     save_epochs: int = 0  # epochs between epoch_XXXX.pt, which stay; 0 = the last only
@@ -97,6 +98,8 @@ class VAETrainer:
         self.config, self.image_size, self.folder, self.arguments = config, image_size, Path(folder), arguments
         self.device = dist_util.dev()
         self.task, self.val = task.to(self.device), val
+        if config.use_checkpoint and isinstance(task.model, KLAutoencoder):
+            task.model.recompute()
         if config.amp == "bf16":
             self.task.precision = functools.partial(th.autocast, self.device.type, th.bfloat16)
         dist_util.sync_params(self.task.parameters())

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch as th
 
-from guided_diffusion_vae.autoencoders.conv import MODELS, CelebaVAE, ConvBlock, DeconvBlock, MnistVAE
+from guided_diffusion_vae.autoencoders.conv import CelebaVAE, ConvBlock, DeconvBlock, MnistVAE
 from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.vae_tasks import MODELS
 
 
 def small(name):

@@ -86,6 +86,14 @@ def test_bfloat16_is_near_float32(images, tmp_path):
     assert a != b and b == pytest.approx(a, rel=0.01)
 
 
+def test_recomputed_activations_change_nothing_but_memory(images, tmp_path):
+    """With dropout, whose masks the recomputation must repeat, and with both adaptive weights' extra gradients."""
+    model = VAEModelConfig(ch=8, ch_mult="1,2", norm_groups=4, dropout=0.3, mid_attn=True)
+    trainer(images, tmp_path / "kept", model=model, objective=GAN).run()
+    trainer(images, tmp_path / "again", model=model, objective=GAN, use_checkpoint=True).run()
+    assert set(differences(tmp_path / "kept", tmp_path / "again").values()) == {0.0}
+
+
 def test_two_processes_are_one_with_twice_the_batch(images, tmp_path):
     flags = ["--data_root", images, "--image_size", 16, "--ch", 8, "--ch_mult", "1,2", "--norm_groups", 4]
     flags += ["--max_steps", 4, "--lr", 1e-4, "--random_crop", True]

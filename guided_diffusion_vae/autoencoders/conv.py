@@ -1,7 +1,7 @@
 """Plain convolutional VAEs: an image becomes a short vector and comes back.
 
 Strided convolutions halve the image until a small map is left, a linear layer reads the moments of z off it, and
-transposed convolutions mirror the way. A new model is one class and one line in `MODELS`.
+transposed convolutions mirror the way. A new model is one class and one line in `vae_tasks.MODELS`.
 """
 
 import math
@@ -100,6 +100,3 @@ class MnistVAE(VAEBase):
             DeconvBlock(wide, thin),
             double(thin, 1),
         )
-
-
-MODELS = {"celeba": CelebaVAE, "mnist": MnistVAE}

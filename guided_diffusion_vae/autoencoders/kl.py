@@ -10,6 +10,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..nn import checkpoint
 from .base import Posterior
 
 
@@ -46,6 +47,8 @@ def norm(channels: int, config: KLConfig) -> nn.GroupNorm:
 class ResnetBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
+    use_checkpoint = False  # see KLAutoencoder.recompute
+
     def __init__(self, c_in: int, c_out: int, config: KLConfig):
         super().__init__()
         self.norm1 = norm(c_in, config)
@@ -57,6 +60,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
+        return checkpoint(self._forward, (x,), (), self.use_checkpoint)
+
+    def _forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -65,12 +71,17 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head attention over all positions, with a residual."""
 
+    use_checkpoint = False  # see KLAutoencoder.recompute
+
     def __init__(self, channels: int, config: KLConfig):
         super().__init__()
         self.norm = norm(channels, config)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
+        return checkpoint(self._forward, (x,), (), self.use_checkpoint)
+
+    def _forward(self, x):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -197,6 +208,12 @@ class KLAutoencoder(nn.Module):
     def decode(self, z: th.Tensor) -> th.Tensor:
         """The image of z; not clamped."""
         return self.decoder(self.post_quant_conv(z))
+
+    def recompute(self, flag: bool = True) -> None:
+        """Recompute the blocks' activations in backward instead of keeping them: slower, in less memory."""
+        for module in self.modules():
+            if isinstance(module, (ResnetBlock, AttnBlock)):
+                module.use_checkpoint = flag
 
     def config_dict(self) -> dict:
         """The configuration as plain values."""

@@ -1,12 +1,12 @@
 """The data sets of plain VAEs behind one face: images by number, their labels and names, and who is in which split.
 
-    dataset = DATASETS["mnist"](data_root, 28, 0)
+    dataset = mnist(data_root, 28)
     dataset[7]                                        # float32 (C, H, W) in [-1, 1]
     train, val, test = dataset.split(seed=0)          # index arrays; a split that the data brings is kept
 
-A new data set is one function (data_root, image_size, limit, say) and one line in `DATASETS`; limit 0 is all of it, and
-`say` hears what the user should know. Nothing here mirrors an image: a flipped 2 is no digit, and mirrored time is
-another gait.
+A new data set is one function (data_root, image_size, limit, say) and one line in `vae_data.DATASETS`; limit 0 is all
+of it, `say` hears what the user should know. Nothing here mirrors an image: a flipped 2 is no digit, and mirrored time
+is another gait.
 """
 
 import gzip
@@ -281,7 +281,3 @@ def _read_pair(root: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _digit(pixels: np.ndarray, image_size) -> np.ndarray:
     return pixels if pixels.shape == (image_size, image_size) else _scaled(Image.fromarray(pixels), image_size)
-
-
-# microdoppler: folders of users, read like any other; its own name so that a recipe says what it trains on
-DATASETS = {"celeba": celeba, "mnist": mnist, "image_dir": image_dir, "microdoppler": image_dir}

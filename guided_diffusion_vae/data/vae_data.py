@@ -8,7 +8,10 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from ..config import UserError
 from .image_folder import read_rgb
-from .plain_datasets import DATASETS, PlainDataset, Split
+from .plain_datasets import PlainDataset, Split, celeba, image_dir, mnist
+
+# microdoppler reads any folder of users; its own name says in a recipe what was trained on
+DATASETS = {"celeba": celeba, "mnist": mnist, "image_dir": image_dir, "microdoppler": image_dir}
 
 
 @dataclass(frozen=True, kw_only=True)
