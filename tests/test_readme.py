@@ -49,7 +49,7 @@ def test_the_readme_from_people_to_report(tmp_path):
         "runs/mine/samples/png/user_07",
         "runs/mine/samples/report/report.json",
         "runs/check_vae/worst.png",
-        "runs/vae/mine/microdoppler-f4.safetensors",
+        "runs/vae/mine/autoencoder.safetensors",
         "runs/vae/mine/test/report.json",
         "runs/vae/through/grid.png",
     ):
