@@ -24,6 +24,6 @@ setup(
         "mpi": ["mpich"],
         "tb": ["tensorboard"],
         "vf": ["transformers>=5"],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright"],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright", "transformers>=5"],
     },
 )
