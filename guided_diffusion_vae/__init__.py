@@ -6,9 +6,12 @@ walking back and decoding gives new spectrograms.
 ground        config, logger, dist_util, checkpoint, run_state, run_record
 maths         nn, losses, gaussian_diffusion, respace, resample
 networks      unet, fp16_util, model_flags
-autoencoders  autoencoders.base, autoencoders.kl, vae_wrapper (pixels <-> latents: the owner of the scale)
-data          data.microdoppler, data.spectrogram, data.image_folder, image_datasets
-loops         train_util, vae_train_util, sample_util
+autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with
+              .perceptual, .adversarial, .foundation (their losses), .ldm_config (upstream's YAML)
+              vae_wrapper: pixels <-> latents, the owner of the scale
+data          data.microdoppler, data.gait, data.spectrogram, data.image_folder, data.plain_datasets, data.vae_data,
+              image_datasets
+loops         train_util, sample_util; vae_tasks, vae_train_util, vae_infer_util
 the hall      script_util: defaults, create_*
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
