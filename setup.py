@@ -24,6 +24,7 @@ setup(
         "mpi": ["mpich"],
         "tb": ["tensorboard"],
         "vf": ["transformers>=5"],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright", "transformers>=5"],
+        "ode": ["torchdiffeq"],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright", "transformers>=5", "torchdiffeq"],
     },
 )

@@ -4,8 +4,8 @@ A spectrogram x becomes a latent z through an autoencoder; a process mixes z wit
 walking back and decoding gives new spectrograms.
 
 ground        config, logger, dist_util, checkpoint, run_state, run_record
-maths         nn, losses, gaussian_diffusion, respace, resample
-networks      unet, fp16_util, model_flags
+maths         nn, losses, gaussian_diffusion, respace, resample; flow_matching
+networks      unet, fp16_util, model_flags; dit
 autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with
               .perceptual, .adversarial, .foundation (their losses), .ldm_config (upstream's YAML)
               vae_wrapper: pixels <-> latents, the owner of the scale

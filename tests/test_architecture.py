@@ -8,8 +8,8 @@ import guided_diffusion_vae
 PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record"},
-    {"nn", "losses", "gaussian_diffusion", "respace", "resample"},
-    {"fp16_util", "unet", "model_flags"},
+    {"nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"},
+    {"fp16_util", "unet", "dit", "model_flags"},
     {
         *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),
         *("autoencoders.perceptual", "autoencoders.adversarial", "autoencoders.foundation", "autoencoders.objectives"),
