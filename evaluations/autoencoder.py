@@ -152,8 +152,8 @@ def examine(vae, pixels: np.ndarray, labels=None, class_names=None) -> tuple[Aut
     device = next(vae.parameters()).device
     moments, back = [], []
     for first in range(0, len(pixels), CHUNK):
-        images = th.from_numpy(pixels[first : first + CHUNK]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        moments.append(vae.encode_moments(images).cpu().double())
+        images = as_images(pixels[first : first + CHUNK])
+        moments.append(vae.encode_moments(images.to(device)).cpu().double())
         decoded = vae.decode_batch(moments[-1].chunk(2, dim=1)[0].float().to(device))
         back.append(((decoded + 1) * 127.5).round().clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).cpu().numpy())
     back = np.concatenate(back)
@@ -170,6 +170,11 @@ def examine(vae, pixels: np.ndarray, labels=None, class_names=None) -> tuple[Aut
         class_names=class_names,
     )
     return report, back
+
+
+def as_images(pixels: np.ndarray) -> th.Tensor:
+    """uint8 (N, H, W, 3) as float (N, 3, H, W) in [-1, 1]."""
+    return th.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _channel(mean: th.Tensor, sigma: th.Tensor, scale, i: int) -> Channel:

@@ -15,7 +15,7 @@ from guided_diffusion_vae.data.vae_data import Part, VAEDataConfig
 from guided_diffusion_vae.sample_util import save_grid
 from guided_diffusion_vae.vae_wrapper import SHIPPED, save_autoencoder
 
-from .autoencoder import CHUNK, AutoencoderReport, examine
+from .autoencoder import CHUNK, AutoencoderReport, as_images, examine
 from .statistics import frechet_distance
 from .user_classifier import train_user_classifier
 
@@ -105,11 +105,6 @@ def further(pixels, back, labels, class_names, data, config: CheckConfig, say) -
         numbers["user_accuracy_reconstructions"] = float((after.users == labels).mean())
         numbers["rFD_user"] = float(frechet_distance(before.features, after.features))
     return numbers
-
-
-def as_images(pixels: np.ndarray) -> th.Tensor:
-    """uint8 (N, H, W, 3) as float (N, 3, H, W) in [-1, 1]."""
-    return th.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def store(vae, scale, out: str, image_size: int, say=print) -> None:

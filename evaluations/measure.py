@@ -185,14 +185,19 @@ def _refuse_too_few(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> No
         raise UserError(f"--real_dir has {few} images of {name}; the judge needs at least {FEWEST} of every user")
     if heldout.labels is None:
         raise UserError("--heldout_dir shows none of the users of --real_dir; give other sessions of the same users")
-    known = {image.tobytes() for image in train.pixels}
-    if all(image.tobytes() in known for image in heldout.pixels):
+    if _shared(train, heldout) == len(heldout.pixels):
         raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     kept = np.maximum(1, counts // ASIDE).sum()
     for flag, n in (("--samples", len(samples.pixels)), ("--heldout_dir", len(heldout.pixels)), ("--real_dir", kept)):
         if n < FEWEST_IN_SET:
             what = f"{n} images that the judge does not learn from" if flag == "--real_dir" else f"{n} images"
             raise UserError(f"{flag} has {what}; the comparison needs at least {FEWEST_IN_SET}")
+
+
+def _shared(train: ImageSet, images: ImageSet) -> int:
+    """How many images are also training images, pixel for pixel."""
+    known = {image.tobytes() for image in train.pixels}
+    return sum(image.tobytes() in known for image in images.pixels)
 
 
 def _notes(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> list[str]:
@@ -203,9 +208,8 @@ def _notes(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> list[str]:
         missing = len(train.class_names) - len(np.unique(samples.labels))
         if missing:
             notes.append(f"{missing} of {len(train.class_names)} users have no generated image")
-    known = {image.tobytes() for image in train.pixels}
     for name, images in (("held-out", heldout), ("generated", samples)):
-        same = sum(image.tobytes() in known for image in images.pixels)
+        same = _shared(train, images)
         if same:
             notes.append(f"{same} of {len(images.pixels)} {name} images are also training images, pixel for pixel")
     if min(samples.pixels.shape[1:3]) > SIZE:

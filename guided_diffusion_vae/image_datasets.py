@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import dist_util
 from .checkpoint import atomic_write
 from .config import UserError
-from .data.image_folder import ImageFolder, list_files, list_images, read_rgb, refuse
+from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb, refuse
 from .vae_wrapper import warn_unless_unit_variance
 
 ENCODE_BATCH = 32
@@ -214,9 +214,8 @@ class ImageDataset(Dataset):
         pixels = crop(image, self.resolution)
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        image = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
         label = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
-        return image, label
+        return image_from_pixels(pixels), label
 
 
 def _scaled(pil_image: Image.Image, shorter_side: int) -> np.ndarray:

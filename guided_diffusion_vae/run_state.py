@@ -60,11 +60,10 @@ def refuse_used_folder(folder) -> None:
     Raises:
         UserError: names the last step that is there, and both ways out.
     """
-    numbers = [_number(path, "model") for path in Path(folder).glob("model*.pt")]
-    if any(number is not None for number in numbers):
-        last = max(number for number in numbers if number is not None)
+    numbers = {_number(path, "model") for path in Path(folder).glob("model*.pt")} - {None}
+    if numbers:
         raise UserError(
-            f"--log_dir {folder} holds a run up to step {last}: go on with it by --resume_checkpoint auto,"
+            f"--log_dir {folder} holds a run up to step {max(numbers)}: go on with it by --resume_checkpoint auto,"
             " or choose another --log_dir for a new one"
         )
 

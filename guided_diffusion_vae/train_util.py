@@ -30,6 +30,7 @@ from .resample import LossAwareSampler, UniformSampler
 from .run_state import newest_checkpoint, prune, read_state, write_checkpoint
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+NUMBERED = re.compile(r"model(\d+)\.[^/]*$")  # a checkpoint of a run, at a step
 NOISE = 2  # the use number of training noise, see image_datasets.slot_randn
 
 
@@ -175,7 +176,7 @@ class TrainLoop:
         wanted = find_resume_checkpoint() or wanted
         if wanted and not dist_util.rank0_first(Path(wanted).is_file):
             raise UserError(f"--resume_checkpoint {wanted} does not exist; give a model*.pt, or auto")
-        if wanted and not re.search(r"model\d+\.[^/]*$", wanted):
+        if wanted and not NUMBERED.search(wanted):
             logger.warn(f"{wanted} is no model*.pt of a run: its weights start a new one at step 0")
         return wanted
 
@@ -200,7 +201,7 @@ class TrainLoop:
 
     def _companion(self, name: str) -> str | None:
         """A file beside the checkpoint, if there is one. Collective."""
-        if not re.search(r"model\d+\.[^/]*$", self.resume_checkpoint):
+        if not NUMBERED.search(self.resume_checkpoint):
             return None
         path = Path(self.resume_checkpoint).with_name(name)
         return str(path) if dist_util.rank0_first(path.is_file) else None
@@ -494,7 +495,7 @@ def set_random_state(state: dict) -> None:
 
 def parse_resume_step_from_filename(filename) -> int:
     """The step in a name such as `dir/model000010.pt`: 10; 0 for any other name."""
-    found = re.search(r"model(\d+)\.[^/]*$", str(filename))
+    found = NUMBERED.search(str(filename))
     return int(found.group(1)) if found else 0
 
 

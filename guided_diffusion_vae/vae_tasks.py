@@ -102,6 +102,10 @@ class PlainTask(nn.Module):
         self.channels = model.image_shape[0]
         self.precision = nullcontext
 
+    def trainable(self) -> list[nn.Parameter]:
+        """What its optimiser trains."""
+        return list(self.model.parameters())
+
     def judges(self, step: int) -> bool:
         """Whether a discriminator learns at this step: there is none."""
         return False
@@ -162,6 +166,10 @@ class KLTask(nn.Module):
         """(loss, its terms) of the discriminator."""
         return self.objective.discriminator_loss(images, recon, step=step)
 
+    def trainable(self) -> list[nn.Parameter]:
+        """What its first optimiser trains; the discriminator has one of its own."""
+        return [*self.model.parameters(), *self.objective.trainable()]
+
     def judges(self, step: int) -> bool:
         """Whether the discriminator learns at this step."""
         return self.discriminator is not None and self.objective.delta(step) > 0
@@ -195,7 +203,9 @@ def create_task(config: VAEModelConfig, objective: ObjectiveConfig, *, image_siz
     if config.model != KL:
         if not ckpt:
             return PlainTask(config.build(image_size), config.beta)
-        task, settings = load_plain(ckpt)
+        task, settings = open_plain(ckpt)
+        if task is None:
+            raise UserError(f"--ckpt {ckpt} is no checkpoint of vae_train.py (last.pt, epoch_XXXX.pt)")
         if (settings["model"], task.model.latent_dim) != (config.model, config.latent_dim):
             raise UserError(
                 f"--ckpt {ckpt} is of --model {settings['model']} --latent_dim {task.model.latent_dim}, not of"
@@ -219,8 +229,8 @@ def default_folder(data: VAEDataConfig, config: VAEModelConfig) -> str:
     return f"runs/vae/{data.dataset}_{config.model}_z{config.latent_size}_s{data.image_size}"
 
 
-def is_plain(ckpt: str) -> bool:
-    """Whether a file is a plain VAE's checkpoint; anything else is for `VAEInterface`.
+def open_plain(ckpt: str) -> tuple[PlainTask | None, dict]:
+    """The plain VAE of a checkpoint of vae_train.py and the settings of its run; (None, {}) is for `VAEInterface`.
 
     Raises:
         UserError: nothing is named, or a KL autoencoder's training state.
@@ -228,24 +238,13 @@ def is_plain(ckpt: str) -> bool:
     if not ckpt:
         raise UserError("--ckpt is empty; give a plain VAE's last.pt, or what --vae_path takes")
     if not (ckpt.endswith(".pt") and Path(ckpt).is_file()):
-        return False
+        return None, {}
     state = checkpoint.load(ckpt)
-    arguments = state.get("arguments") if isinstance(state, dict) else None
-    if arguments and arguments["model"] == KL:
+    settings = state.get("arguments") if isinstance(state, dict) else None
+    if not settings:
+        return None, {}
+    if settings["model"] == KL:
         raise UserError(f"--ckpt {ckpt} is a KL autoencoder's training state: give the .safetensors beside it")
-    return bool(arguments)
-
-
-def load_plain(path) -> tuple[PlainTask, dict]:
-    """The plain VAE of a checkpoint of vae_train.py, and the settings of its run.
-
-    Raises:
-        UserError: another file.
-    """
-    state = checkpoint.load(path)
-    if not isinstance(state, dict) or not {"model", "arguments"} <= set(state):
-        raise UserError(f"--ckpt {path} is no checkpoint of vae_train.py (last.pt, epoch_XXXX.pt)")
-    settings = state["arguments"]
     config = VAEModelConfig(**{f.name: settings[f.name] for f in fields(VAEModelConfig)})
     model = config.build(settings["image_size"])
     model.load_state_dict(state["model"])

@@ -90,7 +90,7 @@ class VAETrainer:
 
     Args:
         task: see `vae_tasks`.
-        train, val: datasets of float32 images (C, S, S) in [-1, 1], or (image, ...) tuples; val may be empty.
+        train, val: datasets of float32 images (C, S, S) in [-1, 1]; val may be empty.
         arguments: the resolved run, kept in every checkpoint.
     """
 
@@ -104,10 +104,8 @@ class VAETrainer:
             self.task.precision = functools.partial(th.autocast, self.device.type, th.bfloat16)
         dist_util.sync_params(self.task.parameters())
         self.model = task.model
-        beside = [p for name, p in task.named_parameters() if p.requires_grad and not name.startswith("model.")]
+        self.params = task.trainable()
         judge = list(task.discriminator.parameters()) if task.discriminator else []
-        skip = {id(p) for p in judge}
-        self.params = [*self.model.parameters(), *(p for p in beside if id(p) not in skip)]
         settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "foreach": True}
         self.opt = AdamW(self.params, **settings)
         self.judge, self.judge_opt = judge, AdamW(judge, **settings) if judge else None
@@ -176,9 +174,9 @@ class VAETrainer:
     def _progress_bar(self):
         return tqdm(total=self.last_step, initial=self.step, disable=dist_util.rank() > 0, unit="step", mininterval=2)
 
-    def update(self, batch) -> dict[str, th.Tensor]:
+    def update(self, batch: th.Tensor) -> dict[str, th.Tensor]:
         """One step of the optimiser, or of both; returns the terms of the losses."""
-        images = image_of(batch).to(self.device)
+        images = batch.to(self.device)
         for group in [*self.opt.param_groups, *(self.judge_opt.param_groups if self.judge_opt else [])]:
             group["lr"] = self.learning_rate()
         th.manual_seed(mix(self.config.seed, self.step, dist_util.rank()))  # dropout
@@ -258,7 +256,7 @@ class VAETrainer:
 
     def _show(self):
         if len(self.val):
-            images = th.stack([th.as_tensor(image_of(self.val[i])) for i in range(min(VALIDATION, len(self.val)))])
+            images = th.stack([th.as_tensor(self.val[i]) for i in range(min(VALIDATION, len(self.val)))])
             recon = th.cat([self.task.reconstruct(part.to(self.device)).cpu() for part in images.split(GRID)])
             mse = ((recon.clamp(-1, 1) - images) ** 2).flatten(1).mean(1)
             psnr = float((10 * th.log10(4 / mse)).mean())
@@ -290,7 +288,7 @@ class VAETrainer:
     def measure_scale(self, batches: int = 32) -> float:
         """1 / root mean square of the latents of training images: the factor that gives them unit variance."""
         self.scale_data.seek(0)
-        posteriors = (self.model.encode(image_of(next(self.scale_data)).to(self.device)) for _ in range(batches))
+        posteriors = (self.model.encode(next(self.scale_data).to(self.device)) for _ in range(batches))
         return float(th.stack([(p.mean**2 + p.std**2).mean() for p in posteriors]).mean().rsqrt())
 
     def _publish(self) -> None:
@@ -302,11 +300,6 @@ class VAETrainer:
         about = {k: v for k, v in asdict(self.config).items() if k not in ("out_dir", "ckpt")}
         save_autoencoder(self.model, path, scale, half=self.config.half, about=about)
         logger.log(f"wrote {path} (step {self.step}, scale factor {scale:.5g})")
-
-
-def image_of(item):
-    """The image, or the batch of images, of what a dataset gives."""
-    return item[0] if isinstance(item, (tuple, list)) else item
 
 
 def show_grid(path: Path, images: th.Tensor, columns: int = 8) -> None:

@@ -10,14 +10,14 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
 from guided_diffusion_vae.dist_util import run_main
 from guided_diffusion_vae.vae_infer_util import CheckpointConfig, InferConfig, infer
-from guided_diffusion_vae.vae_tasks import is_plain, load_plain
+from guided_diffusion_vae.vae_tasks import open_plain
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
 
 
 def main(argv=None):
     parser = create_argparser(CheckpointConfig, InferConfig, VAEDataConfig, description=__doc__)
-    ckpt = parse_run(parser, argv).ckpt
-    plain, trained = load_plain(ckpt) if is_plain(ckpt) else (None, {})
+    ckpt = parse_run(parser, argv).ckpt  # its run supplies defaults for the others
+    plain, trained = open_plain(ckpt)
     run = parse_run(parser, argv, base={name: trained[name] for name in ("dataset", "image_size") if name in trained})
     print(run)
     if run.dry_run:

@@ -109,6 +109,11 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image ({error})") from error
 
 
+def image_from_pixels(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, C) as float32 (C, H, W) in [-1, 1]: x / 127.5 - 1."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow before 11 calls it I, later I;16, and both clip in `convert`."""
     if not (image.mode.startswith("I") or image.mode == "F"):

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from ..config import UserError
 from ..image_datasets import center_crop_arr
-from .image_folder import class_of_each, list_images, read_rgb
+from .image_folder import class_of_each, image_from_pixels, list_images, read_rgb
 
 FRACTIONS = (0.8, 0.1, 0.1)  # train, val, test of what brings no split
 
@@ -75,8 +75,7 @@ class PlainDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index) -> np.ndarray:
-        pixels = np.atleast_3d(self.to_pixels(self.source[index]))
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
+        return image_from_pixels(np.atleast_3d(self.to_pixels(self.source[index])))
 
     def split(self, seed: int = 0, fractions: tuple[float, float, float] = FRACTIONS) -> Split:
         """The parts that the data brings; those it lacks are drawn from its train part, by `seeded_split`."""

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..config import UserError
-from .image_folder import read_rgb
+from .image_folder import image_from_pixels, read_rgb
 from .plain_datasets import PlainDataset, Split, celeba, image_dir, mnist
 
 # microdoppler reads any folder of users; its own name says in a recipe what was trained on
@@ -90,8 +90,7 @@ class RandomCrops(Dataset):
         image = self.images[place]
         top, left = (random.randrange(side - self.size + 1) for side in image.shape[:2])
         crop = image[top : top + self.size, left : left + self.size]
-        pixels = np.ascontiguousarray(crop.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1
-        return with_channels(pixels, self.channels)
+        return with_channels(image_from_pixels(crop), self.channels)
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
