@@ -46,10 +46,17 @@ def str2bool(value: str | bool) -> bool:
 
 
 def reader_of(default: Any):
-    """The type that a flag with this default is read with: None reads as str, bool as `str2bool`."""
+    """The type that a flag with this default is read with: None reads as str, bool as `str2bool`, a tuple as words."""
     if default is None:
         return str
+    if isinstance(default, tuple):
+        return words_of
     return str2bool if isinstance(default, bool) else type(default)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """`3,7` as its words."""
+    return tuple(word.strip() for word in str(text).split(",") if word.strip())
 
 
 def field_defaults(*sections) -> dict[str, Any]:
@@ -107,12 +114,28 @@ def did_you_mean(word: str, known) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any], notes=None) -> None:
-    """Add one `--name` flag per entry, typed by its default (upstream's rule: None is a string)."""
+def add_dict_to_argparser(
+    parser: argparse.ArgumentParser, default_dict: dict[str, Any], notes=None, aliases=None
+) -> None:
+    """Add one `--name` flag per entry, typed by its default (upstream's rule: None is a string).
+
+    Args:
+        notes: name -> help; aliases: name -> another name for the same flag.
+    """
     for name, default in default_dict.items():
         help_text = (notes or {}).get(name, "").replace("%", "%%")
         shown = f"{help_text} (default: {default!r})".strip().replace("%%(", "%(")
-        parser.add_argument(f"--{name}", default=default, type=reader_of(default), help=shown, metavar="X")
+        names = [f"--{name}", *(f"--{alias}" for alias in [(aliases or {}).get(name)] if alias)]
+        words = {"nargs": "+", "action": _Words} if isinstance(default, tuple) else {}
+        options = {"dest": name, "default": default, "type": reader_of(default), "help": shown, "metavar": "X"}
+        parser.add_argument(*names, **options, **words)
+
+
+class _Words(argparse.Action):
+    """Collects `--users 1 2,3` as (1, 2, 3)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(word for part in values for word in part))
 
 
 def args_to_dict(args, keys) -> dict[str, Any]:
@@ -120,13 +143,17 @@ def args_to_dict(args, keys) -> dict[str, Any]:
     return {key: getattr(args, key) for key in keys}
 
 
-def create_argparser(*sections, description: str | None = None) -> Parser:
-    """A parser for the fields of all sections, plus `--config`, `--dry_run` and `--debug`."""
+def create_argparser(*sections, description: str | None = None, aliases: dict[str, str] | None = None) -> Parser:
+    """A parser for the fields of all sections, plus `--config`, `--dry_run` and `--debug`.
+
+    Args:
+        aliases: flag -> another name for it.
+    """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.sections = sections
     for section in sections:
         group = parser.add_argument_group(section.__name__)
-        add_dict_to_argparser(group, _new_fields(section, parser), field_help(section))
+        add_dict_to_argparser(group, _new_fields(section, parser), field_help(section), aliases)
     own = parser.add_argument_group("every script")
     own.add_argument("--config", default="", metavar="FILE", help="a recipe: YAML of flag: value")
     own.add_argument("--dry_run", default=False, type=str2bool, metavar="X", help="print the resolved run and stop")
@@ -162,7 +189,12 @@ class Run:
         return Run({**self.as_dict(), **values}, self.given, self._sections, control)
 
     def __str__(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True).rstrip()
+        return yaml.safe_dump(plain(self.as_dict()), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as YAML and JSON know them: words become a list."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None, translate=None) -> Run:
@@ -201,6 +233,8 @@ def typed(name: str, value: Any, default: Any, source: str) -> Any:
     """Pass a YAML value through the reader of its flag, so that `1e-4` is a number and 'yes' a boolean."""
     if value is None:
         return "" if isinstance(default, str) else default
+    if isinstance(value, tuple):
+        return value
     if isinstance(value, list):
         value = ",".join(str(item) for item in value)
     if isinstance(value, dict):

@@ -12,12 +12,14 @@ Keys, shapes and initial draws are those of hustvl/LightningDiT, so its checkpoi
 off they are DiT's and SiT's. Time is t in [0, 1] as it comes, not multiplied by 1000.
 """
 
+from dataclasses import dataclass
+
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .config import UserError
-from .nn import SiLU, checkpoint, timestep_embedding
+from .nn import SiLU, checkpoint, drop_labels, require_null_label, timestep_embedding
 
 TIME_FREQUENCIES = 256  # channels of the sinusoids of t
 UPSTREAM_GUIDED_CHANNELS = 3  # DiT's, kept by LightningDiT whatever the latent's channels
@@ -113,9 +115,7 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y, drop=None):
         """drop: (N,) bool, the labels to drop; None draws them while training and keeps all otherwise."""
-        if drop is None and self.training and self.dropout_prob > 0:
-            drop = th.rand(len(y), device=y.device) < self.dropout_prob
-        return self.embedding_table(y if drop is None else y.masked_fill(drop, self.num_classes))
+        return self.embedding_table(drop_labels(y, drop, self.num_classes, self.dropout_prob, self.training))
 
 
 class Attention(nn.Module):
@@ -205,7 +205,8 @@ class LightningDiT(nn.Module):
     Args:
         input_size: height and width of the latents; a trained network takes no other.
         class_dropout_prob: how often training sees the null label instead of the sample's; 0 makes no null label.
-        learn_sigma: the last layer has twice the channels; the second half is dropped (upstream's).
+        learn_sigma: the last layer has twice the channels; the second half is dropped (LightningDiT's) unless
+            `keep_sigma` (DiT's, for a Gaussian process that learns its variance).
         wo_shift: blocks are scaled and gated only, which saves a ninth of the weights.
         use_checkpoint: keep no activations of the blocks; compute them again in backward.
     Raises:
@@ -231,11 +232,13 @@ class LightningDiT(nn.Module):
         use_rmsnorm=False,
         wo_shift=False,
         use_checkpoint=False,
+        keep_sigma=False,
     ):
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope)
         self.in_channels, self.input_size, self.patch_size = in_channels, input_size, patch_size
         self.learn_sigma, self.use_checkpoint, self.grid = learn_sigma, use_checkpoint, input_size // patch_size
+        self.keep_sigma = keep_sigma
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -262,26 +265,33 @@ class LightningDiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     @property
+    def class_dropout_prob(self) -> float:
+        """How often training drops a label."""
+        return self.y_embedder.dropout_prob
+
+    @property
     def null_label(self) -> int:
-        """The label that stands for none: one past the last class.
+        """The label that stands for none: one past the last class; see `require_null_label`."""
+        return require_null_label(self.y_embedder.num_classes, self.class_dropout_prob)
 
-        Raises:
-            UserError: the network was made without one.
-        """
-        if not self.y_embedder.dropout_prob > 0:
-            raise UserError("--class_dropout_prob is 0, so this network has no null label to guide by; train with 0.1")
-        return self.y_embedder.num_classes
+    def convert_to_fp16(self):
+        """Halve the blocks; embeddings and the last layer stay in float32."""
+        self.blocks.half()
 
-    def forward(self, x: th.Tensor, t: th.Tensor, y: th.Tensor, drop: th.Tensor | None = None) -> th.Tensor:
+    def convert_to_fp32(self):
+        """Undo `convert_to_fp16`."""
+        self.blocks.float()
+
+    def forward(self, x, t, y=None, drop=None) -> th.Tensor:
         """Predict.
 
         Args:
             x: (N, C, h, w), the noisy latents.
             t: (N,), in [0, 1].
-            y: (N,) int64, classes or `null_label`.
+            y: (N,) int64, classes or `null_label`; None is the null label for all.
             drop: (N,) bool, labels to replace by the null label; None draws them while training.
         Returns:
-            (N, C, h, w).
+            (N, C, h, w), or (N, 2C, h, w) with `keep_sigma`.
         Raises:
             ValueError: latents of another shape.
         """
@@ -291,12 +301,15 @@ class LightningDiT(nn.Module):
                 f"latents are {tuple(x.shape[1:])}, this network was made for {made_for}: "
                 "do --image_size and the autoencoder fit its checkpoint?"
             )
+        y = th.full_like(t, self.null_label, dtype=th.long) if y is None else y
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # (N, d)
-        x = self.x_embedder(x) + self.pos_embed  # (N, L, d)
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, L, d)
+        dtype = self.blocks[0].attn.qkv.weight.dtype  # a half after convert_to_fp16
+        h, condition = tokens.type(dtype), c.type(dtype)
         for block in self.blocks:
-            x = checkpoint(block, (x, c, self.feat_rope), block.parameters(), self.use_checkpoint)
-        out = unpatchify(self.final_layer(x, c), self.patch_size, self.grid)
-        return out[:, : self.in_channels]  # what learn_sigma adds is not used
+            h = checkpoint(block, (h, condition, self.feat_rope), block.parameters(), self.use_checkpoint)
+        out = unpatchify(self.final_layer(h.type(tokens.dtype), c), self.patch_size, self.grid)
+        return out if self.keep_sigma else out[:, : self.in_channels]
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_interval=None, cfg_interval_start=None):
         """Upstream's classifier-free guidance, kept for its published numbers: it guides three channels only.
@@ -338,6 +351,7 @@ def _check_sizes(input_size, patch_size, hidden_size, num_heads, use_rope):
 SIZES = {
     # ours, for two CPU cores: 4 M weights; the S of DiT is twice as deep and as wide
     "LightningDiT-S/1": dict(depth=6, hidden_size=192, num_heads=3, patch_size=1),
+    "LightningDiT-S/2": dict(depth=6, hidden_size=192, num_heads=3, patch_size=2),
     "LightningDiT-B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
     "LightningDiT-B/2": dict(depth=12, hidden_size=768, num_heads=12, patch_size=2),
     "LightningDiT-L/2": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=2),
@@ -350,12 +364,27 @@ SIZES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The transformer, with LightningDiT's choices; all False is a plain DiT."""
+
+    model_type: str = "LightningDiT-B/1"  # size / patch; LightningDiT-S/1 is made for two CPU cores
+    use_qknorm: bool = False  # norm queries and keys: steadier, and slightly worse where training is steady anyway
+    use_swiglu: bool = True  # gated MLPs
+    use_rope: bool = True  # rotary positions
+    use_rmsnorm: bool = True  # RMS norms
+    wo_shift: bool = False  # scale and gate the blocks only: a ninth fewer weights
+
+    def __post_init__(self):
+        if self.model_type not in SIZES:
+            raise UserError(f"--model_type is {self.model_type!r}; choose one of {', '.join(SIZES)}")
+
+
 def create_dit(name: str, **kwargs) -> LightningDiT:
     """A network of a named size; `kwargs` are the other arguments of `LightningDiT`.
 
     Raises:
         UserError: no such name.
     """
-    if name not in SIZES:
-        raise UserError(f"--model_type is {name!r}; choose one of {', '.join(SIZES)}")
+    DiTConfig(model_type=name)
     return LightningDiT(**SIZES[name], **kwargs)

@@ -18,7 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from .config import UserError
 from .losses import gaussian_log_likelihood
 from .nn import mean_flat
 
@@ -92,47 +94,59 @@ DIFFUSION_FORMS: dict[str, Callable[[th.Tensor, Mix, float], th.Tensor]] = {  # 
 LAST_STEPS = "none", "mean", "tweedie", "euler"
 
 
-@dataclass
-class FlowMatching:
-    """Training losses and samplers along a path.
+@dataclass(kw_only=True)
+class FlowConfig:
+    """The flow."""
 
-    Args: see the fields.
-    Raises:
-        ValueError: a name that is not in its table, or a number out of its range.
-    Source: Ma et al. 2024 (SiT), sections 2 and 3; Yao et al. 2025 (LightningDiT) for the cosine loss and the shift.
-    """
-
-    path: str = "linear"
-    prediction: str = "velocity"  # what the network gives
-    loss_weight: str = "none"  # of score and noise losses; a velocity has none
+    path_type: str = "linear"  # how noise and data are mixed: linear, gvp or vp
+    prediction: str = "velocity"  # what the network gives: velocity, score or noise
+    loss_weight: str = "none"  # of score and noise losses: none, velocity or likelihood
     use_lognorm: bool = False  # train on t = sigmoid(N(0, 1)) rather than on uniform t
     use_cosine_loss: bool = False  # add 1 - cos(v, target) over channels; for velocity only
-    train_eps: float | None = None  # t kept from the ends of the path; None is as much as the division needs
-    sample_eps: float | None = None
     timestep_shift: float = 0.0  # s: samplers use s t / (1 + (s - 1) t); below 1, more steps near noise; 0 is off
 
     def __post_init__(self):
-        _check("path", self.path, PATHS)
+        _check("path_type", self.path_type, PATHS)
         _check("prediction", self.prediction, PREDICTIONS)
         _check("loss_weight", self.loss_weight, LOSS_WEIGHTS)
-        plain = self.prediction == "velocity" and self.path != "vp"
-        if self.train_eps is None:
-            self.train_eps = 0.0 if plain else 1e-5 if self.path == "vp" else CLEARANCE
-        if self.sample_eps is None:
-            self.sample_eps = 0.0 if plain else CLEARANCE
-        for name in ("train_eps", "sample_eps"):
-            if not 0 <= getattr(self, name) < 0.5:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be in [0, 0.5), or unset for the default")
-        if self.timestep_shift < 0:
-            raise ValueError(f"--timestep_shift is {self.timestep_shift}; it must be positive, or 0 for no shift")
+        if not 0 <= self.timestep_shift < math.inf:
+            raise UserError(f"--timestep_shift is {self.timestep_shift}; it must be positive, or 0 for no shift")
         if self.prediction == "velocity" and self.loss_weight != "none":
             warnings.warn(f"--loss_weight {self.loss_weight} has no effect with --prediction velocity", stacklevel=3)
         if self.prediction != "velocity" and self.use_cosine_loss:
             warnings.warn(f"--use_cosine_loss has no effect with --prediction {self.prediction}", stacklevel=3)
 
+
+@dataclass(kw_only=True)
+class FlowMatching(FlowConfig):
+    """Training losses and samplers along a path.
+
+    Args: see the fields, and `FlowConfig`'s.
+    Raises:
+        UserError: a name that is not in its table, or a number out of its range.
+    Source: Ma et al. 2024 (SiT), sections 2 and 3; Yao et al. 2025 (LightningDiT) for the cosine loss and the shift.
+    """
+
+    train_eps: float | None = None  # t kept from the ends of the path; None is as much as the division needs
+    sample_eps: float | None = None
+    time_scale: float = 1.0  # the network sees t times this: 1 for a LightningDiT, 1000 for a U-Net, as in SiT and ADM
+
+    num_timesteps = 1  # t lies in [0, num_timesteps], as a GaussianDiffusion's does
+
+    def __post_init__(self):
+        super().__post_init__()
+        plain = self.prediction == "velocity" and self.path_type != "vp"
+        if self.train_eps is None:
+            self.train_eps = 0.0 if plain else 1e-5 if self.path_type == "vp" else CLEARANCE
+        if self.sample_eps is None:
+            self.sample_eps = 0.0 if plain else CLEARANCE
+        for name in ("train_eps", "sample_eps"):
+            if not 0 <= getattr(self, name) < 0.5:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be in [0, 0.5), or unset for the default")
+
     def mix(self, t: th.Tensor, x: th.Tensor) -> Mix:
         """The path at t, (N,) or one for all, in the precision of x and shaped to broadcast over it."""
-        return PATHS[self.path](_times_like(t, x).view(-1, *[1] * (x.ndim - 1)))
+        return PATHS[self.path_type](_times_like(t, x).view(-1, *[1] * (x.ndim - 1)))
 
     # ---- q: training
 
@@ -180,7 +194,7 @@ class FlowMatching:
         noise = th.randn_like(x_start) if noise is None else noise
         t = self.sample_times(len(x_start), x_start.device) if t is None else t
         x_t, mix = self.q_sample(x_start, t, noise), self.mix(t, x_start)
-        out = model(x_t, _times_like(t, x_start), **(model_kwargs or {}))
+        out = model(x_t, _times_like(t, x_start) * self.time_scale, **(model_kwargs or {}))
         assert out.shape == x_start.shape, f"the model made {tuple(out.shape)} of {tuple(x_start.shape)}"
         if self.prediction == "velocity":
             v = mix.d_alpha * x_start + mix.d_sigma * noise
@@ -219,7 +233,12 @@ class FlowMatching:
     def velocity(self, model: Model, x: th.Tensor, t: th.Tensor, **model_kwargs) -> th.Tensor:
         """dx/dt of the ODE at x and t (one for all, or (N,)), whatever the network predicts."""
         t = _times_like(t, x).expand(len(x))
-        return self.convert(model(x, t, **model_kwargs), x, t, source=self.prediction, target="velocity")
+        out = model(x, t * self.time_scale, **model_kwargs)
+        return self.convert(out, x, t, source=self.prediction, target="velocity")
+
+    def place_on_path(self, times: th.Tensor) -> th.Tensor:
+        """Where the times that a network sees lie: 0 is noise, 1 is data."""
+        return times / self.time_scale
 
     # ---- p: from noise to data
 
@@ -235,6 +254,7 @@ class FlowMatching:
         rtol: float = 1e-3,
         model_kwargs: dict | None = None,
         device: th.device | str | None = None,
+        progress: bool = False,
     ) -> th.Tensor:
         """Sample by the ODE dx = v dt, from given noise or from fresh noise of this shape.
 
@@ -249,7 +269,7 @@ class FlowMatching:
         def field(x, t):
             return self.velocity(model, x, t, **(model_kwargs or {}))
 
-        return _integrate(field, x, times, method, atol, rtol)
+        return _integrate(field, x, times, method, atol, rtol, progress)
 
     @th.no_grad()
     def sample_sde_loop(
@@ -266,6 +286,7 @@ class FlowMatching:
         model_kwargs: dict | None = None,
         device: th.device | str | None = None,
         noise_like: Unary | None = None,
+        progress: bool = False,
     ) -> th.Tensor:
         """Sample by the SDE dx = (v + w score) dt + sqrt(2 w) dW.
 
@@ -280,14 +301,14 @@ class FlowMatching:
         _check("diffusion_form", diffusion_form, DIFFUSION_FORMS)
         _check("last_step", last_step, LAST_STEPS)
         if not 0 < last_step_size < 1:
-            raise ValueError(f"--last_step_size is {last_step_size}; it must be between 0 and 1")
+            raise UserError(f"--last_step_size is {last_step_size}; it must be between 0 and 1")
         start, _ = self._interval(self.sample_eps)
-        if diffusion_form == "sbdm" and self.path != "vp":
+        if diffusion_form == "sbdm" and self.path_type != "vp":
             start = max(start, CLEARANCE)
         rest = max(self.sample_eps, CLEARANCE) if last_step == "none" else last_step_size
 
         def w(t):
-            return DIFFUSION_FORMS[diffusion_form](t, PATHS[self.path](t), diffusion_norm)
+            return DIFFUSION_FORMS[diffusion_form](t, PATHS[self.path_type](t), diffusion_norm)
 
         def velocity(x, t):
             return self.velocity(model, x, t, **(model_kwargs or {}))
@@ -301,7 +322,7 @@ class FlowMatching:
 
         x = _first_noise(model, shape_or_noise, device)
         times = self._grid(start, 1 - rest, num_steps, x)
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        for t, t_next in _steps(times, progress):
             dW = (t_next - t).sqrt() * (noise_like or th.randn_like)(x)
             kick = (2 * w(t)).sqrt() * dW
             if method == "euler":
@@ -359,12 +380,12 @@ class FlowMatching:
 
     def _interval(self, eps):
         """Where the path may be evaluated; vp has alpha > 0 at pure noise, so only its data end is singular."""
-        return 0.0 if self.path == "vp" else eps, 1.0 - eps
+        return 0.0 if self.path_type == "vp" else eps, 1.0 - eps
 
     def _grid(self, start, end, num_steps, x):
         """num_steps points from start to end, shifted in between; in the precision of x."""
         if num_steps < 2:
-            raise ValueError(f"--num_steps is {num_steps}; the grid of times needs its two ends: give 2 or more")
+            raise UserError(f"--num_steps is {num_steps}; the grid of times needs its two ends: give 2 or more")
         s, u = self.timestep_shift, _times_like(th.linspace(0, 1, num_steps, dtype=th.float64), x)
         return start + (end - start) * (s * u / (1 + (s - 1) * u) if s else u)
 
@@ -380,12 +401,17 @@ def _step(field: Field, x, t, t_next, method):
     return x + (t_next - t) * slope
 
 
-def _integrate(field: Field, x, times, method, atol=1e-6, rtol=1e-3):
+def _steps(times, progress):
+    """Each time with the next, under a progress bar if asked."""
+    return tqdm(list(zip(times[:-1], times[1:], strict=True)), disable=not progress)
+
+
+def _integrate(field: Field, x, times, method, atol=1e-6, rtol=1e-3, progress=False):
     """x at the last of the times, from x at the first; times may fall."""
     _check("method", method, METHODS)
     if method == "dopri5":
         return _odeint()(lambda t, x: field(x, t), x, times[[0, -1]], method=method, atol=atol, rtol=rtol)[-1]
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in _steps(times, progress):
         x = _step(field, x, t, t_next, method)
     return x
 
@@ -394,7 +420,7 @@ def _odeint():
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--method dopri5 needs torchdiffeq: pip install 'guided_diffusion_vae[ode]', or use --method heun"
         ) from error
     return odeint
@@ -415,4 +441,4 @@ def _times_like(t, x):
 
 def _check(flag, name, known):
     if name not in known:
-        raise ValueError(f"--{flag} is {name!r}; it must be one of {', '.join(known)}")
+        raise UserError(f"--{flag} is {name!r}; it must be one of {', '.join(known)}")

@@ -131,10 +131,20 @@ class MixedPrecisionTrainer:
     Args:
         model: converted to float16 here if `use_fp16`.
         fp16_scale_growth: added to log2 of the loss scale after every good step.
+        grad_clip: largest norm of the (unscaled) gradient; 0 = no limit. The norm that is logged is that before.
     """
 
-    def __init__(self, *, model, use_fp16=False, fp16_scale_growth=1e-3, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE):
+    def __init__(
+        self,
+        *,
+        model,
+        use_fp16=False,
+        fp16_scale_growth=1e-3,
+        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
+        grad_clip=0.0,
+    ):
         self.model, self.use_fp16, self.fp16_scale_growth = model, use_fp16, fp16_scale_growth
+        self.grad_clip = grad_clip
         self.lg_loss_scale, self.overflows = initial_lg_loss_scale, 0
         self.model_params = self.master_params = list(model.parameters())
         self.param_groups_and_shapes = None
@@ -170,6 +180,7 @@ class MixedPrecisionTrainer:
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
         th._foreach_mul_([param.grad for param in self.master_params], 1.0 / 2**self.lg_loss_scale)
+        self._clip(grad_norm)
         opt.step()
         zero_master_grads(self.master_params)
         master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
@@ -191,8 +202,13 @@ class MixedPrecisionTrainer:
         grad_norm, param_norm = self._compute_norms()
         logger.logkv_mean("grad_norm", grad_norm)  # 0-d tensors: read only when the row is written
         logger.logkv_mean("param_norm", param_norm)
+        self._clip(grad_norm)
         opt.step()
         return True
+
+    def _clip(self, grad_norm):
+        if self.grad_clip:
+            th.nn.utils.clip_grads_with_norm_(self.master_params, self.grad_clip, grad_norm, foreach=True)
 
     def _compute_norms(self, grad_scale=1.0):
         grads = [param.grad for param in self.master_params if param.grad is not None]

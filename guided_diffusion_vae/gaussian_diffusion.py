@@ -252,6 +252,13 @@ class GaussianDiffusion:
         scale, sigma = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t.shape) for name in ("recip", "recipm1"))
         return (scale * x_t - pred_xstart) / sigma
 
+    def place_on_path(self, times):
+        """Where the times that a network sees lie: 0 is noise, 1 is data."""
+        return 1 - times / (1000.0 if self.rescale_timesteps else self._times_of_network())
+
+    def _times_of_network(self):
+        return self.num_timesteps
+
     def _scale_timesteps(self, t):
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from . import dist_util
 from .checkpoint import atomic_write
 from .config import UserError
 from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb, refuse
+from .data.latent_shards import LatentShards, find_shards
 from .vae_wrapper import warn_unless_unit_variance
 
 ENCODE_BATCH = 32
@@ -35,7 +36,8 @@ PARTS = {"train", "val", "valid", "validation", "test"}  # names of folders that
 class DataConfig:
     """Where the images are and how they become batches."""
 
-    data_dir: str = ""  # folder of images: a subfolder for each user, or upstream's name_rest.png
+    # folder of images: a subfolder for each user, or upstream's name_rest.png; or what scripts/latent_extract.py wrote
+    data_dir: str = ""
     cache_latents: bool = True  # encode once and read latents from disk; False encodes every batch anew
     latent_cache: str = ""  # folder for the cached latents; empty: .latents inside data_dir
     skip_bad_images: bool = False  # leave out images that cannot be read instead of refusing to start
@@ -81,6 +83,8 @@ class Order(Dataset):
         return int(self._order[place])
 
     def __getitem__(self, position: int):
+        if not getattr(self.dataset, "draws", True):  # it asks for no random number, and seeding costs more than a row
+            return self.dataset[self.index(position)]
         state = random.getstate()
         random.seed(mix(self.seed, position))
         try:
@@ -97,6 +101,7 @@ class BatchStream(Iterator):
             raise UserError(f"--batch_size is {batch_size}; it must be at least 1")
         self.order = Order(dataset, seed=seed, shuffle=shuffle)
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.num_samples = len(dataset)
         self.seek(0)
 
     def positions(self, step: int) -> Iterator[list[int]]:
@@ -157,7 +162,7 @@ def load_data(
     return BatchStream(dataset, batch_size, seed=seed, shuffle=not deterministic, num_workers=num_workers)
 
 
-def check_classes(folder: ImageFolder, data_dir) -> ImageFolder:
+def check_classes(folder: ImageFolder | LatentShards, data_dir):
     """Refuse to condition on a class when there is only one.
 
     Raises:
@@ -178,16 +183,21 @@ def check_classes(folder: ImageFolder, data_dir) -> ImageFolder:
 
 def describe(folder: ImageFolder, data_dir, image_size: int) -> str:
     """One line on what was found: how many images of whom, and what becomes of their size."""
-    counts = np.bincount(folder.labels, minlength=len(folder.class_names))
-    shown = ", ".join(f"{name} ({n})" for name, n in list(zip(folder.class_names, counts, strict=True))[:4])
-    more = f", ... {folder.class_names[-1]} ({counts[-1]})" if len(counts) > 4 else ""
-    line = f"{len(folder.paths)} images of {len(counts)} classes: {shown}{more}"
+    line = f"{len(folder.paths)} images of {who(folder)}"
     with contextlib.suppress(UserError):  # unreadable images are named later, all at once
         width, height = read_rgb(folder.paths[0]).size
         line += "" if width == height == image_size else f"; {width} x {height} pixels, scaled to {image_size}"
     folders = {path.name for path in Path(data_dir).iterdir() if path.is_dir() and not path.name.startswith(".")}
     empty = sorted(folders - set(folder.class_names)) if folders & set(folder.class_names) else []
     return line + (f"; no images in {', '.join(empty)}" if empty else "")
+
+
+def who(folder: ImageFolder | LatentShards) -> str:
+    """How many classes, the first few by name, and how many each has."""
+    counts = np.bincount(folder.labels, minlength=len(folder.class_names))
+    shown = ", ".join(f"{name} ({n})" for name, n in list(zip(folder.class_names, counts, strict=True))[:4])
+    more = f", ... {folder.class_names[-1]} ({counts[-1]})" if len(counts) > 4 else ""
+    return f"{len(counts)} classes: {shown}{more}"
 
 
 def _list_image_files_recursively(data_dir):
@@ -265,13 +275,22 @@ def load_data_with_vae(
 
     Collective: call on every process. With `cache_latents` the images are encoded once (posterior mean and standard
     deviation, float32) into `.latents/` beside them and read memory-mapped; otherwise every batch is encoded anew.
-    Both give the same numbers for the same seed. With `--vae_path pixel` there is nothing to encode or cache.
+    Both give the same numbers for the same seed. With `--vae_path pixel` there is nothing to encode or cache. Where
+    `data_dir` holds extracted latents instead of images, they are read as they are stored: one draw of the posterior.
 
     Returns:
-        a `BatchStream` or `LatentStream`; its `class_names` is the list that labels refer to.
+        a `LatentStream`; its `class_names` is the list that labels refer to, its `num_samples` the length of the data.
     Raises:
-        UserError: see `list_images`; unreadable images; a cache that another autoencoder made.
+        UserError: see `list_images`; unreadable images; a cache, or latents, that another autoencoder made.
     """
+    options = {"seed": seed, "shuffle": not deterministic}
+    files = find_shards(data_dir)
+    if files:
+        shards = open_latents(files, data_dir, vae, image_size, say, random_flip=random_flip)
+        if class_cond:
+            check_classes(shards, data_dir)
+        stream = BatchStream(shards, batch_size, **options)
+        return LatentStream(stream, vae, class_cond=class_cond, class_names=shards.class_names, say=say)
     folder = list_images(data_dir)
     if class_cond:
         check_classes(folder, data_dir)
@@ -289,22 +308,20 @@ def load_data_with_vae(
     images = BatchStream(
         dataset,
         batch_size,
-        seed=seed,
-        shuffle=not deterministic,
         num_workers=0 if isinstance(dataset, MomentsDataset) else num_workers,
+        **options,
     )
     return LatentStream(images, vae, class_cond=class_cond, class_names=folder.class_names, say=say)
 
 
 class LatentStream(Iterator):
-    """Turns a stream of images, or of cached moments, into model latents on this process's device."""
+    """Turns a stream of images, cached moments or extracted latents into model latents on this process's device."""
 
     POSTERIOR = 1  # the use number of posterior noise, see slot_randn
 
     def __init__(self, images: BatchStream, vae, *, class_cond: bool, class_names: list[str], say=print):
         self.images, self.vae, self.class_cond, self.class_names = images, vae, class_cond, class_names
-        self.say = say
-        self.cached = isinstance(images.order.dataset, MomentsDataset)
+        self.num_samples, self.say = images.num_samples, say
 
     def seek(self, step: int) -> None:
         """Continue with the batch of this step (0 = first)."""
@@ -317,8 +334,8 @@ class LatentStream(Iterator):
         cond = {"y": labels["y"]} if self.class_cond else {}
         if self.vae.is_pixel:
             return batch, cond
-        z, std = (batch if self.cached else self.vae.encode_moments(batch)).chunk(2, dim=1)
-        if self.vae.sample_posterior:
+        z, std = posterior_of(batch, self.images.order.dataset, self.vae)
+        if self.vae.sample_posterior and std is not None:
             z = z + std * slot_randn(
                 z.shape, seed=self.images.order.seed, step=step, use=self.POSTERIOR, device=z.device
             )
@@ -328,8 +345,21 @@ class LatentStream(Iterator):
         return z, cond
 
 
+def posterior_of(batch: th.Tensor, dataset: Dataset, vae) -> tuple[th.Tensor, th.Tensor | None]:
+    """Mean and standard deviation, as model latents, of a batch of a dataset; None for what is drawn or certain."""
+    if vae.is_pixel:
+        return batch, None
+    if isinstance(dataset, LatentShards):
+        return vae.latent_scale.to_model(batch), None
+    moments = batch if isinstance(dataset, MomentsDataset) else vae.encode_moments(batch)
+    mean, std = moments.chunk(2, dim=1)
+    return mean, std
+
+
 class MomentsDataset(Dataset):
     """Cached posterior moments, (N, 2C, h, w) float32, memory-mapped."""
+
+    draws = False
 
     def __init__(self, path: Path, labels: list[int]):
         self.moments, self.labels = np.load(path, mmap_mode="r"), labels
@@ -444,3 +474,120 @@ def _commit(partial: Path, place: Path, index: dict) -> None:
     os.replace(partial, place / "moments.npy")
     with atomic_write(place / "index.json") as handle:
         handle.write(json.dumps(index).encode())
+
+
+# ---- extracted latents -----------------------------------------------------------------------------------------------
+
+
+def open_latents(files: list[Path], data_dir, vae, image_size: int, say, *, random_flip=False) -> LatentShards:
+    """Extracted latents, checked against the autoencoder and the size of this run.
+
+    Raises:
+        UserError: see `LatentShards`; latents of another autoencoder or size.
+    """
+    shards = LatentShards(files, random_flip=random_flip)
+    again = "or extract them again with scripts/latent_extract.py"
+    if shards.autoencoder and shards.autoencoder != vae.weights_fingerprint:
+        raise UserError(
+            f"--data_dir {data_dir} holds latents of the autoencoder {shards.autoencoder}, but --vae_path"
+            f" {vae.vae_path} is {vae.weights_fingerprint}: give the one they were extracted with, {again}"
+        )
+    if shards.image_size not in (None, image_size):
+        raise UserError(
+            f"--data_dir {data_dir} holds latents of images of {shards.image_size} pixels, but --image_size is"
+            f" {image_size}: give {shards.image_size}, {again}"
+        )
+    if shards.latent_shape != vae.latent_shape(image_size):
+        raise UserError(
+            f"--data_dir {data_dir} holds latents {shards.latent_shape}, but --vae_path {vae.vae_path} at --image_size"
+            f" {image_size} makes {vae.latent_shape(image_size)}: give what they were extracted with, {again}"
+        )
+    say(f"{len(shards)} extracted latents of {who(shards)}")
+    if not shards.autoencoder:
+        say(f"{data_dir} does not say which autoencoder made its latents: --vae_path cannot be checked against it")
+    return shards
+
+
+# ---- held-out data ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def speaking_of(flag: str):
+    """Errors of the block name this flag where they would name `--data_dir`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--data_dir", flag)) from error
+
+
+class HeldOut:
+    """Data that a run is judged by: any rows of it, always the same."""
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray | None, vae):
+        self.dataset, self.labels, self.vae = dataset, labels, vae
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batch(self, indices: Sequence[int]) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """Model latents (n, C, h, w) float32 of some rows: the posterior's mean, or what was extracted."""
+        rows = np.stack([self.dataset[int(i)][0] for i in indices])
+        z, _ = posterior_of(th.from_numpy(rows).to(dist_util.dev()), self.dataset, self.vae)
+        if self.labels is None:
+            return z, {}
+        return z, {"y": th.from_numpy(self.labels[[int(i) for i in indices]]).to(z.device)}
+
+
+def load_heldout(
+    *,
+    data_dir,
+    image_size,
+    vae,
+    class_cond,
+    class_names,
+    cache_latents=True,
+    latent_cache="",
+    skip_bad_images=False,
+    say=print,
+) -> HeldOut:
+    """Collective: call on every process. Images or extracted latents (of two files val.safetensors) to judge a run by.
+
+    Args:
+        data_dir: what `--val_dir` names.
+        class_names: of the training run; labels are numbers in this list.
+    Raises:
+        UserError: see `load_data_with_vae`; a class that the run does not know.
+    """
+    with speaking_of("--val_dir"):
+        files = find_shards(data_dir, "val")
+        if files:
+            dataset = found = open_latents(files, data_dir, vae, image_size, lambda line: say(f"held out: {line}"))
+        else:
+            found = list_images(data_dir)
+            vae.latent_shape(image_size)
+            if skip_bad_images:
+                found = drop_bad_images(found, say)
+            say(f"held out: {dist_util.rank0_first(lambda: describe(found, data_dir, image_size))}")
+            dataset = ImageDataset(image_size, found.paths, classes=found.labels, random_flip=False)
+        labels = labels_in(class_names, found, data_dir) if class_cond else None
+        if isinstance(dataset, ImageDataset) and cache_latents and not vae.is_pixel:
+            cache = str(Path(latent_cache) / "heldout") if latent_cache else ""  # beside that of the training images
+            dataset = cached_moments(dataset, found, vae, Path(data_dir), cache, say)
+        return HeldOut(dataset, labels, vae)
+
+
+def labels_in(class_names: list[str], found: ImageFolder | LatentShards, data_dir) -> np.ndarray:
+    """The labels of what was found as numbers in another list of classes.
+
+    Raises:
+        UserError: a class that the list does not have.
+    """
+    number = {name: place for place, name in enumerate(class_names)}
+    labels = np.asarray(found.labels, dtype=np.int64)
+    unknown = [found.class_names[i] for i in np.unique(labels) if found.class_names[i] not in number]
+    if unknown:
+        raise UserError(
+            f"--data_dir {data_dir} holds the class {unknown[0]}, which the training run does not know"
+            f" ({class_names[0]} ... {class_names[-1]}): leave it out, or give the data of the same classes"
+        )
+    return np.array([number.get(name, -1) for name in found.class_names], dtype=np.int64)[labels]

@@ -26,9 +26,7 @@ def approx_standard_normal_cdf(x: th.Tensor) -> th.Tensor:
     return 0.5 * (1.0 + th.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * th.pow(x, 3))))
 
 
-def discretized_gaussian_log_likelihood(
-    x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor
-) -> th.Tensor:
+def discretized_gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor) -> th.Tensor:
     """Log-probability of 8-bit data under a Gaussian: the mass of each value's bin, in nats.
 
     Args:

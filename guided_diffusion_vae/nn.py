@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from .config import UserError
+
 
 class SiLU(nn.Module):
     """x sigmoid(x)."""
@@ -45,9 +47,7 @@ def _of_dims(dims, *kinds):
 
 
 @th.no_grad()
-def update_ema(
-    target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99
-) -> None:
+def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99) -> None:
     """target <- rate target + (1 - rate) source, in place, for all tensors at once."""
     target, source = [p.detach() for p in target_params], [p.detach() for p in source_params]
     th._foreach_mul_(target, rate)
@@ -110,3 +110,26 @@ def checkpoint(
     if not flag:
         return func(*inputs)
     return recompute(func, *inputs, use_reentrant=False, preserve_rng_state=True)
+
+
+def drop_labels(y, drop, null_label: int, prob: float, training: bool):
+    """Labels (N,) with some replaced by the null label, so that one network learns with and without them.
+
+    Args:
+        drop: (N,) bool, which to replace; None draws them with probability `prob` while training.
+    Source: Ho and Salimans 2022, algorithm 1.
+    """
+    if drop is None and training and prob > 0:
+        drop = th.rand(len(y), device=y.device) < prob
+    return y if drop is None else y.masked_fill(drop, null_label)
+
+
+def require_null_label(num_classes: int | None, class_dropout_prob: float) -> int:
+    """The label after the last class, which stands for none.
+
+    Raises:
+        UserError: the network was made without one.
+    """
+    if num_classes is None or not class_dropout_prob > 0:
+        raise UserError("this network has no null label to guide by: train it with --class_dropout_prob 0.1")
+    return num_classes

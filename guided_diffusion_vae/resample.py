@@ -11,16 +11,21 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from .flow_matching import FlowMatching
 from .gaussian_diffusion import UnknownName
 
 
 def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
-    """A sampler by its name: uniform or loss-second-moment.
+    """A sampler by its name: uniform or loss-second-moment; a flow has only its own times, by the name of uniform.
 
     Raises:
         UnknownName: another name.
     """
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+    if isinstance(diffusion, FlowMatching):
+        samplers = {"uniform": FlowTimes}
+        if name != "uniform":
+            raise UnknownName(f"--schedule_sampler is {name}; a flow has --use_lognorm True instead, or uniform times")
     if name not in samplers:
         raise UnknownName(f"unknown schedule sampler: {name}; --schedule_sampler is {' or '.join(samplers)}")
     return samplers[name](diffusion)
@@ -126,3 +131,15 @@ class LossSecondMomentResampler(LossAwareSampler):
             )
         self._loss_history[:] = state["history"].cpu().numpy()
         self._loss_counts[:] = state["counts"].cpu().numpy()
+
+
+class FlowTimes:
+    """The times of a flow: as it wants them, all of weight 1."""
+
+    def __init__(self, flow):
+        self.flow = flow
+
+    def sample(self, batch_size: int, device: th.device | str, rng=np.random) -> tuple[th.Tensor, th.Tensor]:
+        """Times and weights of their losses: float32 (N,) each; see `ScheduleSampler.sample`."""
+        rng = np.random.mtrand._rand if rng is np.random else rng
+        return self.flow.sample_times(batch_size, device, rng), th.ones(batch_size, device=device)

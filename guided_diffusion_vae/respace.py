@@ -107,6 +107,9 @@ class SpacedDiffusion(GaussianDiffusion):
             model, self.timestep_map, self.rescale_timesteps, self.original_num_steps, self._map_on_device
         )
 
+    def _times_of_network(self):
+        return self.original_num_steps
+
     def _scale_timesteps(self, t):
         return t  # the wrapped model does it
 

@@ -11,14 +11,22 @@ from pathlib import Path
 import yaml
 
 from .checkpoint import atomic_write
-from .config import Run, UserError, read_yaml, typed
+from .config import Run, UserError, plain, read_yaml, typed
 
 RECORD = "record"  # the key in run.yaml under which stands what is no flag
-MAY_DIFFER = {"timestep_respacing", "use_fp16", "use_checkpoint", "dropout", "vae_path", "sample_posterior"}
+MAY_DIFFER = {"timestep_respacing", "timestep_shift", "use_fp16", "use_checkpoint", "dropout", "vae_path"}
+MAY_DIFFER |= {"sample_posterior"}
 
 
-def save_run(run: Run, folder, *, class_names: list[str], autoencoder: str) -> None:
-    """Write `run.yaml`: settings first, then the record of what they met."""
+def save_run(run: Run, folder, *, class_names: list[str], autoencoder: str, latent_stats: Path | None = None) -> None:
+    """Write `run.yaml`: settings first, then the record of what they met.
+
+    Args:
+        latent_stats: a file of latent statistics that the run needs; its copy goes beside `run.yaml`.
+    """
+    if latent_stats:
+        with atomic_write(Path(folder) / latent_stats.name) as handle:
+            handle.write(latent_stats.read_bytes())
     packages = ("torch", "numpy", "diffusers", "guided_diffusion_vae")
     record = {
         "class_names": class_names,
@@ -26,7 +34,7 @@ def save_run(run: Run, folder, *, class_names: list[str], autoencoder: str) -> N
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
     }
     with atomic_write(Path(folder) / "run.yaml") as handle:
-        text = yaml.safe_dump({**run.as_dict(), RECORD: record}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump({**plain(run.as_dict()), RECORD: record}, sort_keys=False, allow_unicode=True)
         handle.write(text.encode())
 
 

@@ -8,6 +8,9 @@ random states of every process, loss scale, sampler). A checkpoint without its s
 import re
 from pathlib import Path
 
+import numpy as np
+import torch as th
+
 from . import checkpoint
 from .config import UserError
 
@@ -98,6 +101,27 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink()
         for name in names:
             (folder / name).unlink(missing_ok=True)
+
+
+def get_random_state() -> dict:
+    """The global generators' states, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": th.get_rng_state(),
+        "numpy": [name, th.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if th.cuda.is_available():
+        state["cuda"] = th.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Put the global generators into the states that `get_random_state` gave."""
+    th.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and th.cuda.is_available():
+        th.cuda.set_rng_state(state["cuda"])
 
 
 def _number(path: Path, prefix: str) -> int | None:

@@ -5,6 +5,9 @@ global generator. Per image: image number i owns a generator seeded by (seed, i)
 the same image whatever the batch size and the number of processes.
 """
 
+import csv
+import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +23,18 @@ from .config import UserError
 from .data.image_folder import class_number
 from .image_datasets import mix
 
+GRID_COLUMNS, GRID_IMAGES = 8, 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Sampling: upstream's flags, then ours."""
 
-    clip_denoised: bool = True  # clamp each predicted x_0 to [-1, 1]; by default only in pixels, never on latents
     num_samples: int = 10000  # how many images
     batch_size: int = 16  # images at a time on each process
-    use_ddim: bool = False  # DDIM steps (deterministic) instead of ancestral ones
     model_path: str = ""  # the model*.pt or ema_*.pt to sample from; run.yaml beside it supplies all other flags
-    users: str = ""  # which users, such as 3,7 or all: in turn; empty: drawn at random for each image, as upstream does
+    users: tuple = ()  # which users, such as 3 7 or 3,7 or all: in turn; none: drawn at random, as upstream does
+    num_samples_per_user: int = 0  # so many of each of --users, instead of --num_samples
     seed: int = 0  # of all random numbers
     per_image_seed: bool = False  # image i is the same whatever the batch size and the number of processes
     save_png: bool = True  # also write PNGs, in a folder for each user
@@ -40,6 +44,14 @@ class SamplingConfig:
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_samples_per_user < 0:
+            raise UserError(f"--num_samples_per_user is {self.num_samples_per_user}; give 1 or more")
+        if self.num_samples_per_user and not self.users:
+            raise UserError(f"--num_samples_per_user {self.num_samples_per_user} needs --users, such as 3 7 or all")
+
+    def count(self, class_names: list[str]) -> int:
+        """How many images are wanted in all."""
+        return self.num_samples_per_user * len(named_users(self.users, class_names)) or self.num_samples
 
 
 class Batch(NamedTuple):
@@ -69,7 +81,7 @@ class PerImageNoise:
 
 def sample_batches(
     model,
-    diffusion,
+    sampler,
     vae,
     *,
     image_size: int,
@@ -77,8 +89,6 @@ def sample_batches(
     batch_size: int,
     classes: Callable[[np.ndarray], np.ndarray] | None = None,
     num_classes: int | None = None,
-    use_ddim: bool = False,
-    clip_denoised: bool = False,
     seed: int = 0,
     per_image_seed: bool = False,
     progress: bool = False,
@@ -87,6 +97,7 @@ def sample_batches(
 
     Args:
         model: (x, t, **cond) -> prediction, in eval mode, on this process's device.
+        sampler: see `assembly.create_sampler`.
         classes: image numbers -> labels; None draws them at random if there are `num_classes`.
         num_classes: how many users the model knows, or None if it is unconditional.
     """
@@ -94,7 +105,6 @@ def sample_batches(
         th.manual_seed(seed if dist_util.rank() == 0 else mix(seed, dist_util.rank()))
     rank, size, device = dist_util.rank(), dist_util.world_size(), dist_util.dev()
     shape = vae.latent_shape(image_size)
-    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
     for first in range(0, num_samples, batch_size * size):
         numbers = np.arange(batch_size) + first + rank * batch_size
         if per_image_seed:
@@ -103,12 +113,11 @@ def sample_batches(
         y = draw_labels(numbers, classes, num_classes, noise, device)
         done = Batch(np.zeros((0, image_size, image_size, 3), np.uint8), None if y is None else np.zeros(0, np.int64))
         if len(numbers):
-            x = loop(
+            x = sampler(
                 model,
                 (len(numbers), *shape),
                 noise=noise.randn(shape) if noise else None,
                 noise_like=noise,
-                clip_denoised=clip_denoised,
                 model_kwargs={} if y is None else {"y": y},
                 device=device,
                 progress=progress and rank == 0,
@@ -133,24 +142,25 @@ def draw_labels(numbers, classes, num_classes, noise, device) -> th.Tensor | Non
     return th.randint(low=0, high=num_classes, size=(len(numbers),), device=device)
 
 
-def classes_in_turn(users: str, class_names: list[str]) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The rule that `--users` states: image numbers -> labels, the users in turn; None for an empty flag.
-
-    A user is named as on disk: `user_07`, or 7 for the class whose name ends in that number.
+def named_users(users: tuple[str, ...], class_names: list[str]) -> list[int]:
+    """The labels of the users that `--users` names: as on disk, `user_07`, or 7 for the class that ends in 7; or all.
 
     Raises:
         UserError: a user that the model does not know.
     """
-    if not users:
-        return None
     known = {str(class_number(name)): i for i, name in enumerate(class_names)}
     known |= {name: i for i, name in enumerate(class_names)}
-    words = class_names if users.strip() == "all" else [word.strip() for word in users.split(",")]
+    words = class_names if users == ("all",) else users
     for word in words:
         if word.lstrip("0") not in known and word not in known:
             raise UserError(f"--users names {word!r}, but the model knows {class_names[0]} to {class_names[-1]}")
-    wanted = np.array([known[word] if word in known else known[word.lstrip("0")] for word in words], dtype=np.int64)
-    return lambda numbers: wanted[numbers % len(wanted)]
+    return [known[word] if word in known else known[word.lstrip("0")] for word in words]
+
+
+def classes_in_turn(users: tuple[str, ...], class_names: list[str]) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The rule that `--users` states: image numbers -> labels, the users in turn; None if it names none."""
+    wanted = np.array(named_users(users, class_names), dtype=np.int64)
+    return (lambda numbers: wanted[numbers % len(wanted)]) if users else None
 
 
 def to_pixels(images: th.Tensor) -> np.ndarray:
@@ -177,14 +187,38 @@ def save_samples(folder: Path, batch: Batch) -> Path:
     return path
 
 
-def save_pngs(folder: Path, batch: Batch, class_names: list[str], first: int = 0) -> None:
-    """Write each image as `NAME/NAME_NUMBER.png`: NAME is the user's, NUMBER the image's place among all samples."""
-    for i, pixels in enumerate(batch.pixels):
-        name = "sample" if batch.labels is None else safe_name(class_names, batch.labels[i])
-        path = Path(folder) / name / f"{name}_{first + i:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as handle:
-            Image.fromarray(pixels).save(handle, format="PNG")
+class PngWriter:
+    """Writes images as `user_07/micro_doppler_user07_001.png` or, without users, as `sample/sample_000000.png`.
+
+    The number counts the images of one user, from 1; without users it is the image's place among all, from 0.
+
+    Args:
+        prefix: of the names of users' images.
+    """
+
+    def __init__(self, folder: Path, class_names: list[str], *, prefix: str = "micro_doppler_"):
+        self.folder, self.class_names, self.prefix, self.counts = Path(folder), class_names, prefix, Counter()
+
+    def write(self, batch: Batch) -> list[str]:
+        """Write a batch; returns the files' names, relative to the folder."""
+        names = [self._next_name(None if batch.labels is None else int(label)) for label in _labels(batch)]
+        for name, pixels in zip(names, batch.pixels, strict=True):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.folder / name) as handle:
+                Image.fromarray(pixels).save(handle, format="PNG")
+        return names
+
+    def _next_name(self, label: int | None) -> str:
+        number = self.counts[label]
+        self.counts[label] += 1
+        if label is None:
+            return f"sample/sample_{number:06d}.png"
+        user = safe_name(self.class_names, label)
+        return f"{user}/{self.prefix}{user.replace('_', '')}_{number + 1:03d}.png"
+
+
+def _labels(batch: Batch):
+    return [None] * len(batch.pixels) if batch.labels is None else batch.labels
 
 
 def safe_name(class_names: list[str], label: int) -> str:
@@ -210,6 +244,33 @@ def save_grid(path: Path, pixels: np.ndarray, captions: list[str], columns: int,
         sheet.save(handle, format="PNG")
 
 
+def save_grids(folder: Path, batch: Batch, class_names: list[str]) -> None:
+    """Write `grid.png`, the first images in the order they were made, and `grids/USER.png` for each user."""
+    captions = ["" if label is None else safe_name(class_names, label) for label in _labels(batch)]
+    save_grid(folder / "grid.png", batch.pixels[:GRID_IMAGES], captions[:GRID_IMAGES], GRID_COLUMNS)
+    for label in [] if batch.labels is None else np.unique(batch.labels):
+        rows = np.flatnonzero(batch.labels == label)[:GRID_IMAGES]
+        name = safe_name(class_names, label)
+        save_grid(folder / "grids" / f"{name}.png", batch.pixels[rows], [name] * len(rows), GRID_COLUMNS)
+
+
+def save_manifest(folder: Path, files: list[str], batch: Batch, class_names: list[str], about: dict) -> None:
+    """Write `manifest.csv`: for each image its file, row in the .npz, user, and what it was made with.
+
+    Args:
+        files: of the images; fewer than images if none were written.
+        about: what holds for all images: settings, the model and its fingerprint.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "row", "user", *about])
+    for row, label in enumerate(_labels(batch)):
+        user = "" if label is None else class_names[label]
+        writer.writerow([files[row] if files else "", row, user, *about.values()])
+    with atomic_write(Path(folder) / "manifest.csv") as handle:
+        handle.write(text.getvalue().encode())
+
+
 def join(batches: list[Batch]) -> Batch:
     """Several batches as one."""
     labels = None if batches[0].labels is None else np.concatenate([batch.labels for batch in batches])
@@ -224,29 +285,27 @@ class Preview:
 
     ROWS, COLUMNS = 4, 8
 
-    def __init__(self, model, diffusion, vae, image_size, class_names, *, folder, conditional, seed=0):
-        self.model, self.diffusion, self.vae, self.image_size = model, diffusion, vae, image_size
+    def __init__(self, model, sampler, vae, image_size, class_names, *, folder, conditional, seed=0):
+        self.model, self.sampler, self.vae, self.image_size = model, sampler, vae, image_size
         self.class_names, self.folder, self.conditional, self.seed = class_names, Path(folder), conditional, seed
 
     def __call__(self, step: int) -> None:
         count = self.ROWS * self.COLUMNS
-        shown = self.class_names[: self.COLUMNS]
+        shown = tuple(self.class_names[: self.COLUMNS])
         batches = sample_batches(
             self.model,
-            self.diffusion,
+            self.sampler,
             self.vae,
             image_size=self.image_size,
             num_samples=count,
             batch_size=-(-count // dist_util.world_size()),
-            classes=classes_in_turn(",".join(shown), self.class_names) if self.conditional else None,
+            classes=classes_in_turn(shown, self.class_names) if self.conditional else None,
             num_classes=len(self.class_names) if self.conditional else None,
-            use_ddim=True,
-            clip_denoised=self.vae.is_pixel,
             seed=self.seed,
             per_image_seed=True,
         )
-        pixels, labels = join(list(batches))
+        batch = join(list(batches))
         if dist_util.rank() == 0:
-            captions = [""] * count if labels is None else [safe_name(self.class_names, label) for label in labels]
+            captions = ["" if label is None else safe_name(self.class_names, label) for label in _labels(batch)]
             columns = len(shown) if self.conditional else self.COLUMNS
-            save_grid(self.folder / "samples" / f"step_{step:06d}.png", pixels, captions, columns)
+            save_grid(self.folder / "samples" / f"step_{step:06d}.png", batch.pixels, captions, columns)

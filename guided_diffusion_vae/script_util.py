@@ -8,18 +8,14 @@ were. `create_model_and_diffusion_vae` is the latent twin: channels and size com
 import inspect
 from dataclasses import dataclass
 
-import torch as th
-
 from . import gaussian_diffusion as gd
 from .config import UserError, add_dict_to_argparser, args_to_dict, field_defaults, str2bool
 from .model_flags import load_weights
-from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = ["add_dict_to_argparser", "args_to_dict", "load_weights", "str2bool"]  # upstream's names, and one more
 
-PREVIEW_STEPS = 25  # enough for DDIM to show where training stands
 NUM_CLASSES = 1000  # ImageNet's; a run on a folder of users derives its own number
 
 CHANNEL_MULT = {  # relative widths of the levels, by the size of what the U-Net sees
@@ -181,7 +177,7 @@ def create_model_and_diffusion(
 
 
 def create_model_and_diffusion_vae(vae, *, num_classes=NUM_CLASSES, **settings):
-    """A U-Net on the latents of `vae`, and its process.
+    """A U-Net on the latents of `vae`, and its Gaussian process; `assembly` makes the other networks and processes.
 
     Args:
         vae: a `VAEInterface`; says how many channels and how large a latent `image_size` pixels become.
@@ -190,18 +186,26 @@ def create_model_and_diffusion_vae(vae, *, num_classes=NUM_CLASSES, **settings):
     Raises:
         UserError: a size that the autoencoder or the U-Net cannot halve.
     """
+    process = {name: value for name, value in settings.items() if name in diffusion_defaults()}
+    network = {name: value for name, value in settings.items() if name not in process or name == "learn_sigma"}
+    return create_model_vae(vae, num_classes=num_classes, **network), create_diffusion_vae(vae, **process)
+
+
+def create_model_vae(vae, *, num_classes=NUM_CLASSES, **settings):
+    """A U-Net on the latents of `vae`; see `create_model_and_diffusion_vae`."""
     channels, height, _ = vae.latent_shape(settings["image_size"])
     if not settings["channel_mult"] and height not in CHANNEL_MULT:
         raise UserError(
             f"--image_size {settings['image_size']} gives {height} x {height} latents, for which there is no standard"
             f" U-Net: give --channel_mult, such as 1,2,2 ({_halvings(height)} levels at most)"
         )
-    return create_model_and_diffusion(
-        **{**settings, "image_size": height},
-        in_channels=channels,
-        num_classes=num_classes,
-        likelihood="discretized" if vae.is_pixel else "gaussian",
-    )
+    return create_model(**{**settings, "image_size": height}, in_channels=channels, num_classes=num_classes)
+
+
+def create_diffusion_vae(vae, *, diffusion_steps, **settings):
+    """The Gaussian process on latents: at its end a density of latents, not of 8-bit pixels."""
+    likelihood = "discretized" if vae.is_pixel else "gaussian"
+    return create_gaussian_diffusion(steps=diffusion_steps, likelihood=likelihood, **settings)
 
 
 def _halvings(size: int) -> int:
@@ -228,6 +232,7 @@ def create_model(
     use_new_attention_order=False,
     in_channels=3,
     num_classes=NUM_CLASSES,
+    class_dropout_prob=0.0,
 ):
     """A U-Net from flags; it has twice as many outputs as inputs if it learns the variance."""
     levels = parse_channel_mult(channel_mult) or _from_table(CHANNEL_MULT, image_size, "unsupported image size")
@@ -254,6 +259,7 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
+        class_dropout_prob=class_dropout_prob,
     )
 
 
@@ -476,23 +482,4 @@ def create_gaussian_diffusion(
         loss_type=gd.LossType.RESCALED_KL if use_kl else mse,
         rescale_timesteps=rescale_timesteps,
         likelihood=likelihood,
-    )
-
-
-def try_settings(vae, *, schedule_sampler: str = "uniform", **flags) -> None:
-    """Build network and process without memory, so that a flag that cannot be is said before any image is read.
-
-    Raises:
-        ValueError: see `create_model_and_diffusion_vae`.
-    """
-    with th.device("meta"):
-        _, diffusion = create_model_and_diffusion_vae(vae, num_classes=2, **flags)
-    create_named_schedule_sampler(schedule_sampler, diffusion)
-
-
-def create_preview_diffusion(*, diffusion_steps, timestep_respacing, **settings):
-    """The same process respaced to few steps, for DDIM pictures during training; ignores `timestep_respacing`."""
-    del timestep_respacing
-    return create_gaussian_diffusion(
-        steps=diffusion_steps, timestep_respacing=str(min(PREVIEW_STEPS, diffusion_steps)), **settings
     )

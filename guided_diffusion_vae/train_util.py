@@ -8,6 +8,7 @@ share it. Either way a run that was killed goes on from its last checkpoint with
 
 import contextlib
 import functools
+import math
 import re
 import signal
 import sys
@@ -26,12 +27,13 @@ from .config import UserError
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import mix, slot_randn
 from .nn import update_ema
-from .resample import LossAwareSampler, UniformSampler
-from .run_state import newest_checkpoint, prune, read_state, write_checkpoint
+from .resample import LossAwareSampler, create_named_schedule_sampler
+from .run_state import get_random_state, newest_checkpoint, prune, read_state, set_random_state, write_checkpoint
+from .validation import Validation
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 NUMBERED = re.compile(r"model(\d+)\.[^/]*$")  # a checkpoint of a run, at a step
-NOISE = 2  # the use number of training noise, see image_datasets.slot_randn
+NOISE, DROP = 2, 4  # the use numbers of training noise and of label dropout, see image_datasets.slot_randn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +51,35 @@ class TrainConfig:
     save_interval: int = 10000  # steps between checkpoints
     resume_checkpoint: str = ""  # a model*.pt to continue from; auto = the newest complete one in the log folder
     fp16_scale_growth: float = 1e-3  # growth of the loss scale's exponent a step
-    max_steps: int = 0  # stop after so many steps; 0 = when lr_anneal_steps says so, or never
+    max_steps: int = 0  # stop after so many steps; 0 = when lr_anneal_steps or max_epochs says so, or never
+    max_epochs: int = 0  # stop after so many passes over the data; 0 = no limit
     sample_interval: int = 0  # steps between sample grids; 0 = none
     keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
     seed: int = 0  # order of the data, times and noise follow it
+    amp: str = "none"  # none, or bf16: the network runs in bfloat16, weights and losses stay float32
+    grad_clip: float = 0.0  # largest norm of the gradient; 0 = no limit
+    adam_betas: str = "0.9,0.999"  # of AdamW; LightningDiT: 0.9,0.95
+    warmup_steps: int = 0  # updates over which the learning rate rises to lr
+    ema_warmup: bool = False  # moving averages begin at a low rate, so that a short run forgets its initial weights
+    val_dir: str = ""  # held-out data for a validation loss; the average with the lowest is kept as ema_RATE_best.pt
+    val_interval: int = 0  # steps between validations; 0 = save_interval
 
     def __post_init__(self):
         for name in ("batch_size", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr_anneal_steps", "max_steps", "sample_interval", "keep_checkpoints", "max_hours"):
+        steps = "lr_anneal_steps", "warmup_steps", "max_steps", "max_epochs", "sample_interval", "val_interval"
+        for name in (*steps, "keep_checkpoints", "max_hours", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
         if self.lr <= 0:
             raise UserError(f"--lr is {self.lr}; it must be above 0")
+        if self.amp not in ("none", "bf16"):
+            why = "; --use_fp16 True is the half precision with loss scaling" if self.amp == "fp16" else ""
+            raise UserError(f"--amp is {self.amp!r}; choose none or bf16{why}")
         ema_rates(self.ema_rate)
+        betas_of(self.adam_betas)
 
 
 def ema_rates(text) -> list[float]:
@@ -82,17 +97,34 @@ def ema_rates(text) -> list[float]:
     return rates
 
 
+def betas_of(text: str) -> tuple[float, float]:
+    """`0.9,0.999` as two numbers.
+
+    Raises:
+        UserError: it is not two numbers from 0 to below 1.
+    """
+    words = text.split(",")
+    if len(words) != 2 or not all(re.fullmatch(r"\s*0?\.?\d+\s*", word) and float(word) < 1 for word in words):
+        raise UserError(f"--adam_betas is {text!r}; give two numbers below 1, such as 0.9,0.999")
+    return float(words[0]), float(words[1])
+
+
 class TrainLoop:
     """Trains `model` on batches from `data` until it is told to stop; writes upstream's files and log lines.
 
     Args:
-        data: an iterator of (batch, cond); if it has `seek(step)`, a resumed run goes on with the right batch.
+        diffusion: a GaussianDiffusion or a FlowMatching.
+        data: an iterator of (batch, cond); if it has `seek(step)`, a resumed run goes on with the right batch. For
+            `max_epochs` it has `num_samples`.
         batch_size: samples per step on this process; microbatch: samples per forward pass (<= 0: all).
         ema_rate: a number or a string of numbers with commas.
         resume_checkpoint: a model*.pt, or "auto".
         seed: None draws t and noise from the global generators, in upstream's order.
         max_steps: stop after so many steps in all; sample_fn(step): called every `sample_interval` steps on every
             process, with the first moving average in the model.
+        heldout: what the validation loss is measured on, see `validation`; None is no validation.
+    Raises:
+        UserError: settings that contradict each other or the checkpoint.
     """
 
     def __init__(
@@ -120,23 +152,40 @@ class TrainLoop:
         max_hours=0.0,
         seed=None,
         progress=False,
+        amp="none",
+        grad_clip=0.0,
+        adam_betas="0.9,0.999",
+        warmup_steps=0,
+        ema_warmup=False,
+        max_epochs=0,
+        heldout=None,
+        val_dir="",
+        val_interval=0,
     ):
+        assert heldout is not None or not val_dir, "whoever gives val_dir opens it and gives heldout"
+        if use_fp16 and amp != "none":
+            raise UserError(f"--amp {amp} and --use_fp16 True are two ways to the same end: choose one")
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
-        self.ema_rate = ema_rates(ema_rate)
+        self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
+        self.weight_decay, self.betas, self.amp = weight_decay, betas_of(adam_betas), amp
+        self.ema_rate, self.ema_warmup = ema_rates(ema_rate), ema_warmup
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
         self.sample_fn, self.keep_checkpoints = sample_fn, keep_checkpoints
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         if use_fp16 and not th.cuda.is_available():
             logger.warn("--use_fp16 True on a CPU is correct, but several times slower than False")
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.last_step = min(filter(None, (max_steps, lr_anneal_steps)), default=None)
+        self.schedule_sampler = schedule_sampler or create_named_schedule_sampler("uniform", diffusion)
+        self.global_batch = batch_size * dist_util.world_size()
+        epochs_end = math.ceil(max_epochs * data.num_samples / self.global_batch) if max_epochs else 0
+        self.last_step = min(filter(None, (max_steps, lr_anneal_steps, epochs_end)), default=None)
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else None
         self.seed, self.progress = seed, progress
+        self.validation = Validation(
+            heldout, interval=val_interval or save_interval, batch_size=self.microbatch, seed=seed or 0
+        )
         self.step = self.resume_step = 0
-        self.global_batch = batch_size * dist_util.world_size()
         self.sync_cuda = th.cuda.is_available()
         self.save_seconds = 0.0
         self.saved_average = None  # file of the first moving average that was saved last
@@ -146,9 +195,12 @@ class TrainLoop:
         self.resume_checkpoint = self._find_resume_checkpoint(resume_checkpoint)
         self._load_and_sync_parameters()
         self.mp_trainer = MixedPrecisionTrainer(
-            model=self.model, use_fp16=self.use_fp16, fp16_scale_growth=fp16_scale_growth
+            model=self.model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip
         )
-        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, foreach=True)
+        first_lr = self.learning_rate(self.resume_step) if warmup_steps else lr
+        self.opt = AdamW(
+            self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, foreach=True
+        )
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
         self._load_optimizer_state()
         self._load_run_state()
@@ -228,10 +280,11 @@ class TrainLoop:
             self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
         except ValueError as error:
             raise UserError(f"{path} does not fit ({error}); was it saved with another --use_fp16?") from error
+        flags = {"lr": self.learning_rate(self.resume_step), "weight_decay": self.weight_decay, "betas": self.betas}
         for group in self.opt.param_groups:  # the flags hold; upstream lets the file win without a word
-            for name, flag in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            for name, flag in flags.items():
                 if group[name] != flag and not (name == "lr" and self.lr_anneal_steps):
-                    logger.warn(f"--{name}: saved {group[name]} -> given {flag}")
+                    logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
             group["foreach"] = True
 
@@ -251,6 +304,8 @@ class TrainLoop:
         self.mp_trainer.lg_loss_scale = self.state["lg_loss_scale"]
         if self.state.get("schedule_sampler") and hasattr(self.schedule_sampler, "load_state_dict"):
             self.schedule_sampler.load_state_dict(self.state["schedule_sampler"])
+        if dist_util.rank0_first(self.best_average().is_file):  # or this run writes to another folder
+            self.validation.best = self.state.get("best", self.validation.best)
         ranks = self.state["random"]
         if len(ranks) == dist_util.world_size():
             set_random_state(ranks[dist_util.rank()])
@@ -274,6 +329,7 @@ class TrainLoop:
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
                 step = self.step + self.resume_step
+                self._validate(step)
                 if self.step % self.log_interval == 0:
                     self._dump_log(bar, self.step + 1)
                 bar.update(1)
@@ -294,6 +350,7 @@ class TrainLoop:
                 self._dump_log(bar, self.step)
         if saved != self.step + self.resume_step - 1:
             self.save(self.step + self.resume_step)
+        self.validation.report(self.best_average())
 
     def _progress_bar(self):
         steps = self.last_step - self.resume_step if self.last_step else None
@@ -339,7 +396,8 @@ class TrainLoop:
     def forward_backward(self, batch, cond):
         """Gradients of the loss of one batch, summed over microbatches as upstream does."""
         self.mp_trainer.zero_grad()
-        drawn = self._draw(batch)
+        drawn, cond = self._draw(batch), self._with_dropped_labels(cond, len(batch))
+        model = self._in_bfloat16 if self.amp == "bf16" else self.ddp_model
         loss = th.zeros((), device=dist_util.dev())
         for i in range(0, batch.shape[0], self.microbatch):
             part = slice(i, i + self.microbatch)
@@ -351,7 +409,7 @@ class TrainLoop:
                 (t, weights), noise = self.schedule_sampler.sample(micro.shape[0], dist_util.dev()), None
             last = i + self.microbatch >= batch.shape[0]
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
-                losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=micro_cond, noise=noise)
+                losses = self.diffusion.training_losses(model, micro, t, model_kwargs=micro_cond, noise=noise)
                 if isinstance(self.schedule_sampler, LossAwareSampler):
                     self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
                 micro_loss = (losses["loss"] * weights).mean()
@@ -372,15 +430,38 @@ class TrainLoop:
         noise = slot_randn(batch.shape, seed=self.seed, step=step, use=NOISE, device=dist_util.dev())
         return t[mine], weights[mine], noise
 
+    def _with_dropped_labels(self, cond, n):
+        """`cond` with the labels to drop of this process's slots, (n,) bool; without a seed the network draws them."""
+        p = getattr(self.model, "class_dropout_prob", 0)
+        if self.seed is None or p <= 0 or "y" not in cond:
+            return cond
+        (rank, size), device = (dist_util.rank(), dist_util.world_size()), dist_util.dev()
+        generator = th.Generator(device=device).manual_seed(mix(self.seed, self.step + self.resume_step, DROP))
+        drop = th.rand(n * size, generator=generator, device=device) < p
+        return {**cond, "drop": drop[rank * n : (rank + 1) * n]}
+
+    def _in_bfloat16(self, x, t, **cond):
+        """The network's prediction, computed in bfloat16 and given in float32."""
+        with th.autocast(dist_util.dev().type, th.bfloat16):
+            return self.ddp_model(x, t, **cond).float()
+
     def _update_ema(self):
+        done = self.step + self.resume_step
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            rate = min(rate, (1 + done) / (10 + done)) if self.ema_warmup else rate
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
-    def _anneal_lr(self):
+    def learning_rate(self, update: int) -> float:
+        """The learning rate of an update (0 = first); the annealing comes one late, as upstream's."""
+        rate = self.lr
         if self.lr_anneal_steps:
-            left = 1 - (self.step + self.resume_step) / self.lr_anneal_steps
+            rate *= 1 - max(update - 1, 0) / self.lr_anneal_steps
+        return rate * min(1.0, (update + 1) / self.warmup_steps) if self.warmup_steps else rate
+
+    def _anneal_lr(self):
+        if self.lr_anneal_steps or self.warmup_steps:
             for group in self.opt.param_groups:
-                group["lr"] = self.lr * left
+                group["lr"] = self.learning_rate(self.step + self.resume_step + 1)
 
     def log_step(self):
         """Put the step and the number of samples seen into the log row."""
@@ -388,14 +469,33 @@ class TrainLoop:
         logger.logkv("samples", (self.step + self.resume_step + 1) * self.global_batch)
 
     def _sample(self, step):
-        """Call `sample_fn` with the first moving average in the model; random states are as before."""
+        with self._average_in_place():
+            self.sample_fn(step)
+
+    def _validate(self, step):
+        number = self.validation.due(step, self.last_step)
+        if number is not None:
+            with self._average_in_place() as averaged:
+                self.validation.judge(self.model, self.diffusion, averaged, number, self.best_average())
+
+    def best_average(self) -> Path:
+        """The file of the first moving average with the lowest validation loss."""
+        return Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_best.pt")
+
+    @contextlib.contextmanager
+    def _average_in_place(self):
+        """The model with its first moving average, in eval mode, for as long as the block lasts; draws leave no trace.
+
+        Yields:
+            its state_dict.
+        """
         self.model.eval()
         kept = [param.detach().clone() for param in self.model.parameters()]
         random_state = get_random_state()
         averaged = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
         try:
             self.model.load_state_dict(averaged)
-            self.sample_fn(step)
+            yield averaged
         finally:
             with th.no_grad():
                 for param, value in zip(self.model.parameters(), kept, strict=True):
@@ -421,6 +521,7 @@ class TrainLoop:
             "global_batch": self.global_batch,
             "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
             "random": dist_util.gather_objects(get_random_state()),
+            "best": self.validation.best,
         }
         if hasattr(self.schedule_sampler, "state_dict"):
             state["schedule_sampler"] = self.schedule_sampler.state_dict()
@@ -441,7 +542,6 @@ class TrainLoop:
         dist_util.rank0_first(write)
         self.saved_average = Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_{number:06d}.pt")
         self.save_seconds = time.monotonic() - begin
-
 
     def newest_average(self) -> Path:
         """The file of the first moving average that was saved last."""
@@ -472,27 +572,6 @@ class StopSignals:
             signal.signal(getattr(signal, name), handler)
 
 
-def get_random_state() -> dict:
-    """The global generators' states, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": th.get_rng_state(),
-        "numpy": [name, th.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-    }
-    if th.cuda.is_available():
-        state["cuda"] = th.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict) -> None:
-    """Put the global generators into the states that `get_random_state` gave."""
-    th.set_rng_state(state["torch"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and th.cuda.is_available():
-        th.cuda.set_rng_state(state["cuda"])
-
-
 def parse_resume_step_from_filename(filename) -> int:
     """The step in a name such as `dir/model000010.pt`: 10; 0 for any other name."""
     found = NUMBERED.search(str(filename))
@@ -519,7 +598,7 @@ def find_ema_checkpoint(main_checkpoint, step, rate):
 
 def log_loss_dict(diffusion, ts, losses):
     """Add per-sample losses to the log: their mean, and the mean in each quarter of the times."""
-    quarters = [int(4 * t / diffusion.num_timesteps) for t in ts.tolist()]
+    quarters = [min(3, int(4 * t / diffusion.num_timesteps)) for t in ts.tolist()]
     for name, values in losses.items():
         logger.logkv_mean(name, values.mean().item())
         for quarter, value in zip(quarters, values.tolist(), strict=True):

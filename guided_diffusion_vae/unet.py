@@ -16,7 +16,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
-from .nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
+from .nn import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    drop_labels,
+    linear,
+    normalization,
+    require_null_label,
+    timestep_embedding,
+    zero_module,
+)
 
 
 class TimestepBlock(nn.Module):
@@ -249,6 +259,7 @@ class _Backbone(nn.Module):
         attention_resolutions,
         channel_mult,
         num_classes=None,
+        class_dropout_prob=0.0,
         dropout,
         conv_resample,
         dims,
@@ -266,7 +277,7 @@ class _Backbone(nn.Module):
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(linear(model_channels, emb), nn.SiLU(), linear(emb, emb))
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb)
+            self.label_emb = nn.Embedding(num_classes + (class_dropout_prob > 0), emb)
         block = partial(
             ResBlock,
             emb_channels=emb,
@@ -338,6 +349,7 @@ class UNetModel(_Backbone):
         num_classes: condition on one of so many classes; None for none.
         num_head_channels: width of a head; -1 takes `num_heads` (`num_heads_upsample` on the way up) instead.
         use_new_attention_order: see `QKVAttention`; a checkpoint loads under either, but only one is right.
+        class_dropout_prob: how often training sees the null label instead of the sample's; 0 makes no null label.
     """
 
     def __init__(
@@ -361,10 +373,12 @@ class UNetModel(_Backbone):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
+        class_dropout_prob=0.0,
     ):
         super().__init__()
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
+        self.class_dropout_prob = class_dropout_prob
         block, attend, widths = self._build_down(
             in_channels=in_channels,
             model_channels=model_channels,
@@ -372,6 +386,7 @@ class UNetModel(_Backbone):
             attention_resolutions=attention_resolutions,
             channel_mult=channel_mult,
             num_classes=num_classes,
+            class_dropout_prob=class_dropout_prob,
             dropout=dropout,
             conv_resample=conv_resample,
             dims=dims,
@@ -403,13 +418,23 @@ class UNetModel(_Backbone):
     def _torso(self):
         return [*super()._torso(), self.output_blocks]
 
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
-        """Predict from x (N, C, ...), timesteps (N,) and, if class-conditional, labels y (N,)."""
+    @property
+    def null_label(self) -> int:
+        """The label that stands for none: one past the last class; see `require_null_label`."""
+        return require_null_label(self.num_classes, self.class_dropout_prob)
+
+    def forward(self, x, timesteps, y=None, drop=None) -> th.Tensor:
+        """Predict from x (N, C, ...), timesteps (N,) and, if class-conditional, labels y (N,).
+
+        Args:
+            drop: (N,) bool, labels to replace by the null label; None draws them while training.
+        """
         assert (y is not None) == (self.num_classes is not None), (
             "must specify y if and only if the model is class-conditional"
         )
         assert y is None or y.shape == (x.shape[0],)
         self._check_size(x)
+        y = drop_labels(y, drop, self.num_classes, self.class_dropout_prob, self.training)
         emb = self._embed(timesteps, y)
         h, skips = x.type(self.dtype), []
         for module in self.input_blocks:

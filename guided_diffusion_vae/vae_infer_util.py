@@ -10,7 +10,7 @@ import torch as th
 from . import dist_util
 from .config import UserError
 from .data.vae_data import Part, VAEDataConfig
-from .sample_util import Batch, save_grid, save_pngs, to_pixels
+from .sample_util import Batch, PngWriter, save_grid, to_pixels
 from .vae_tasks import PlainTask
 
 CHUNK, GRID = 50, 64
@@ -63,7 +63,7 @@ def infer(model, data: VAEDataConfig, config: InferConfig, say=print) -> None:
         )
     pixels = to_pixels(th.cat(done).expand(-1, 3, -1, -1))
     folder = Path(config.out)
-    save_pngs(folder / "png", Batch(pixels, labels), names)
+    PngWriter(folder / "png", names, prefix="").write(Batch(pixels, labels))
     save_grid(folder / "grid.png", pixels[:GRID], [""] * min(GRID, len(pixels)), 8)
     say(f"written: {len(pixels)} images below {folder}/png, and {folder}/grid.png")
 

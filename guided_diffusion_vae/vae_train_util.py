@@ -8,7 +8,6 @@ autoencoder together with the scale that gives its latents unit variance.
 import contextlib
 import functools
 import math
-import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from .fp16_util import TrainingDiverged
 from .image_datasets import BatchStream, mix, slot_randn
 from .nn import update_ema
 from .sample_util import save_grid, to_pixels
-from .train_util import StopSignals
+from .train_util import StopSignals, betas_of
 from .vae_wrapper import save_autoencoder
 
 POSTERIOR = 1  # the use number of posterior noise, see image_datasets.slot_randn
@@ -79,10 +78,7 @@ class VAETrainConfig:
 
     @property
     def betas(self) -> tuple[float, float]:
-        words = self.adam_betas.split(",")
-        if len(words) != 2 or not all(re.fullmatch(r"\s*0?\.?\d+\s*", word) and float(word) < 1 for word in words):
-            raise UserError(f"--adam_betas is {self.adam_betas!r}; give two numbers below 1, such as 0.9,0.999")
-        return float(words[0]), float(words[1])
+        return betas_of(self.adam_betas)
 
 
 class VAETrainer:

@@ -2,6 +2,7 @@
 
 Networks and processes see model latents z = (z_raw - shift) scale, of unit variance: the scale is applied in
 `encode_batch` and `encode_moments`, undone in `decode_batch`, and nowhere else. Images inside are NCHW in [-1, 1].
+Scale and shift are one number each, or one a channel: s / std and mean of the extracted latents (`--latent_norm True`).
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +18,6 @@ import torch as th
 import torch.nn as nn
 
 from . import checkpoint
-from .autoencoders.base import Posterior
 from .autoencoders.kl import KLAutoencoder
 from .autoencoders.layouts import from_state_dict
 from .config import UserError
@@ -25,6 +26,7 @@ SD_SCALE = 0.18215  # 1 / standard deviation of Stable Diffusion's latents (Romb
 SHIPPED = ("microdoppler-f4",)
 PIXEL = "pixel"
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+STATS = "latents_stats.pt"  # mean and standard deviation of each channel of raw latents, under LightningDiT's name
 CHUNK_PIXELS = 256 * 256  # larger images go in smaller chunks
 
 
@@ -37,6 +39,7 @@ class VAEConfig:
     sample_posterior: bool = True  # train on samples of the posterior; False: on its mean
     scale_factor: float = 0.0  # raw latents times this are model latents; 0 = the autoencoder's own
     allow_download: bool = False  # let a hub name be fetched from the network
+    latent_norm: bool = False  # every latent channel to mean 0 and variance 1 by latents_stats.pt, instead of one scale
 
     def __post_init__(self):
         if not 0 <= self.scale_factor < math.inf:
@@ -108,9 +111,18 @@ class VAEInterface(nn.Module):
                 f"--vae_path {vae_path} does not say how its latents are scaled: give --scale_factor,"
                 " which is 1 / their standard deviation"
             )
-        self.latent_scale = own
         self.requires_grad_(False).eval()
-        self.fingerprint = PIXEL if self.is_pixel else fingerprint(self.vae, self.latent_scale)
+        self.use_scale(own)
+
+    def use_scale(self, scale: LatentScale) -> None:
+        """Put another affine map between raw and model latents; the fingerprint follows."""
+        self.latent_scale = scale
+        self.fingerprint = PIXEL if self.is_pixel else fingerprint(self.vae, scale)
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any weight: what raw latents depend on."""
+        return PIXEL if self.is_pixel else fingerprint(self.vae)
 
     @property
     def scale_factor(self) -> float | tuple[float, ...]:
@@ -152,9 +164,17 @@ class VAEInterface(nn.Module):
         device = generator.device if generator else mean.device
         return mean + std * th.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype).to(mean.device)
 
-    @th.no_grad()
     def encode_moments(self, images: th.Tensor) -> th.Tensor:
-        """Mean and standard deviation of the posterior, both as model latents: (N, 2C, h, w).
+        """Mean and standard deviation of the posterior, both as model latents: (N, 2C, h, w)."""
+        moments = self.encode_raw(images)
+        if self.is_pixel:
+            return moments
+        mean, std = moments.chunk(2, dim=1)
+        return th.cat([self.latent_scale.to_model(mean), self.latent_scale.of_std(std)], dim=1)
+
+    @th.no_grad()
+    def encode_raw(self, images: th.Tensor) -> th.Tensor:
+        """Mean and standard deviation of the posterior as the autoencoder has them, without scale: (N, 2C, h, w).
 
         Raises:
             UserError: not (N, 3, H, W), or H or W is not a multiple of `downsample`.
@@ -170,8 +190,8 @@ class VAEInterface(nn.Module):
         if self.is_pixel:
             return th.cat([images, th.zeros_like(images)], dim=1)
         images = images.mean(dim=1, keepdim=True) if self.vae.config.in_channels == 1 else images
-        parts = [self._scaled_moments(self.vae.encode(part)) for part in self._chunks(images, images[0, 0].numel())]
-        return th.cat(parts)
+        posteriors = [self.vae.encode(part) for part in self._chunks(images, images[0, 0].numel())]
+        return th.cat([th.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
 
     @th.no_grad()
     def decode_batch(self, z: th.Tensor) -> th.Tensor:
@@ -195,32 +215,72 @@ class VAEInterface(nn.Module):
         """The batch in parts that fit memory; `pixels` is what one image has."""
         return batch.split(max(1, min(self.chunk_size, self.chunk_size * CHUNK_PIXELS // pixels)))
 
-    def _scaled_moments(self, posterior: Posterior) -> th.Tensor:
-        return th.cat([self.latent_scale.to_model(posterior.mean), self.latent_scale.of_std(posterior.std)], dim=1)
 
-
-def load_vae(config: VAEConfig, *, expected: str | None = None, default_scale: float | None = None) -> VAEInterface:
+def load_vae(
+    config: VAEConfig,
+    *,
+    expected: str | None = None,
+    default_scale: float | None = None,
+    latent_stats: Path | None = None,
+) -> VAEInterface:
     """The autoencoder that the flags name.
 
     Args:
         expected: the fingerprint that a checkpoint was trained with.
         default_scale: see `VAEInterface`.
+        latent_stats: the file that `--latent_norm True` takes its numbers from, see `stats_file`.
     Raises:
-        UserError: see `VAEInterface`; or another autoencoder than expected.
+        UserError: see `VAEInterface`; another autoencoder than expected; no statistics, or not of its latents.
     """
     vae = VAEInterface(
         config.vae_path,
         scale_factor=config.scale_factor or None,
         sample_posterior=config.sample_posterior,
         allow_download=config.allow_download,
-        default_scale=default_scale,
+        default_scale=1.0 if config.latent_norm else default_scale,
     )
+    if config.latent_norm:
+        vae.use_scale(scale_from_stats(latent_stats, vae, config.scale_factor or 1.0))
     if expected and vae.fingerprint != expected:
         raise UserError(
             f"--vae_path {config.vae_path} is autoencoder {vae.fingerprint}, but the checkpoint was trained on latents"
             f" of {expected}: give the autoencoder it was trained with"
         )
     return vae
+
+
+def stats_file(data_dir) -> Path:
+    """Where the statistics of extracted latents lie: in their folder, beside them if a single file is named."""
+    place = Path(data_dir)
+    return (place.parent if place.is_file() else place) / STATS
+
+
+def scale_from_stats(path: Path | None, vae: VAEInterface, factor: float) -> LatentScale:
+    """The map (z_raw - mean) factor / std of every channel, from LightningDiT's `latents_stats.pt`.
+
+    Raises:
+        UserError: no file; not such a file; other channels than the autoencoder's; a channel that never changes.
+    """
+    if vae.is_pixel:
+        raise UserError("--latent_norm True needs latents, but --vae_path is pixel: leave --latent_norm out")
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"--latent_norm True needs {path or STATS}, which does not exist: extract the latents with"
+            " scripts/latent_extract.py and give that folder as --data_dir"
+        )
+    stats = checkpoint.load(path)
+    found = [stats.get(name) if isinstance(stats, dict) else None for name in ("mean", "std")]
+    if not all(th.is_tensor(value) and value.isfinite().all() for value in found):
+        raise UserError(f"--latent_norm True: {path} does not hold a finite mean and std of each channel")
+    mean, std = (value.flatten().double().tolist() for value in found)
+    if len(mean) != vae.latent_channels or len(std) != vae.latent_channels:
+        raise UserError(
+            f"--latent_norm True: {path} is of {len(mean)} channels, but --vae_path {vae.vae_path} makes"
+            f" {vae.latent_channels}: give the autoencoder that the latents were extracted with"
+        )
+    if min(std) <= 0:
+        raise UserError(f"--latent_norm True: channel {std.index(min(std))} of {path} never changes; leave it out")
+    return LatentScale(tuple(factor / value for value in std), tuple(mean))
 
 
 # ---- where autoencoders come from ------------------------------------------------------------------------------------
@@ -342,9 +402,9 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def fingerprint(model: nn.Module, scale: LatentScale) -> str:
-    """16 hexadecimal digits that change with any weight or with the scale."""
-    digest = hashlib.sha256(repr(scale).encode())
+def fingerprint(model: nn.Module, scale: LatentScale | None = None) -> str:
+    """16 hexadecimal digits that change with any weight and, if it is given, with the scale."""
+    digest = hashlib.sha256(repr(scale).encode() if scale else b"")
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -1,6 +1,8 @@
-"""Sample images from a trained model: an .npz for the evaluator, PNGs for each user, and a grid.
+"""Sample images from a trained model: an .npz for the evaluator, PNGs and a grid for each user, and a manifest.
 
     python scripts/image_sample_vae.py --model_path runs/train/ema_0.9999_010000.pt --num_samples 310 --users all
+    python scripts/image_sample_vae.py --model_path runs/dit/ema_0.999_020000.pt --user_ids 1 2 3 \\
+        --num_samples_per_user 4 --cfg_scale 4.0 --num_steps 250
 
 Only --model_path is needed: run.yaml beside the checkpoint supplies the rest. Also started by mpiexec, torchrun, srun.
 """
@@ -10,43 +12,47 @@ from dataclasses import fields
 from pathlib import Path
 
 from guided_diffusion_vae import dist_util, logger
-from guided_diffusion_vae.config import UserError, create_argparser, parse_run
+from guided_diffusion_vae.assembly import (
+    NETWORK_SECTIONS,
+    NUM_CLASSES,
+    SamplerConfig,
+    create_process,
+    create_sampler,
+    load_network,
+    refuse_unfit,
+)
+from guided_diffusion_vae.checkpoint import digest
+from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.guidance import GuidanceConfig, guide
 from guided_diffusion_vae.run_record import read_run, refuse_contradictions
 from guided_diffusion_vae.sample_util import (
+    PngWriter,
     SamplingConfig,
     classes_in_turn,
     join,
-    safe_name,
     sample_batches,
-    save_grid,
-    save_pngs,
+    save_grids,
+    save_manifest,
     save_samples,
-)
-from guided_diffusion_vae.script_util import (
-    NUM_CLASSES,
-    DiffusionConfig,
-    ModelConfig,
-    args_to_dict,
-    create_model_and_diffusion_vae,
-    load_weights,
-    model_and_diffusion_defaults,
 )
 from guided_diffusion_vae.vae_wrapper import PIXEL, VAEConfig, load_vae
 
-NETWORK = (ModelConfig, DiffusionConfig, VAEConfig)
-GRID_COLUMNS, GRID_IMAGES = 8, 64
+NETWORK = (*NETWORK_SECTIONS, VAEConfig)
+OURS = (SamplingConfig, SamplerConfig, GuidanceConfig)
+ALIASES = {"users": "user_ids"}
+RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "timestep_respacing")
+RECORDED += ("cfg_scale", "cfg_interval", "cfg_channels", "model_path")
 
 
 def main(argv=None):
-    parser = create_argparser(SamplingConfig, *NETWORK, description=__doc__)
+    parser = create_argparser(*OURS, *NETWORK, description=__doc__, aliases=ALIASES)
     settings, record = read_run(parse_run(parser, argv).model_path)
     network_names = [field.name for section in NETWORK for field in fields(section)]
     run = parse_run(parser, argv, base={name: settings[name] for name in network_names if name in settings})
     refuse_contradictions(run, settings, network_names)
     if "clip_denoised" not in run.given:
         run = run.replace(clip_denoised=run.vae_path == PIXEL)
-    if run.users and not run.class_cond:
-        raise UserError(f"--users {run.users}: this model was trained with --class_cond False; leave --users out")
+    refuse_unfit(run)
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
@@ -56,46 +62,41 @@ def main(argv=None):
     logger.configure(dir=run.log_dir or os.getenv("OPENAI_LOGDIR") or str(beside_model))
 
     logger.log("creating model and diffusion...")
-    vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder")).to(dist_util.dev())
+    stats = Path(run.model_path).with_name("latents_stats.pt")
+    expected = record.get("autoencoder")
+    vae = load_vae(run.section(VAEConfig), expected=expected, latent_stats=stats).to(dist_util.dev())
     class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
-    flags = args_to_dict(run, model_and_diffusion_defaults())
-    model, diffusion = create_model_and_diffusion_vae(vae, num_classes=len(class_names), **flags)
-    weights = dist_util.load_state_dict(run.model_path, map_location="cpu")
-    load_weights(model, weights, path=f"--model_path {run.model_path}", given=flags)
-    model.to(dist_util.dev())
-    if run.use_fp16:
-        model.convert_to_fp16()
-    model.eval()
+    model = load_network(run, vae, num_classes=len(class_names))
+    process = create_process(run, vae, num_steps=run.num_steps)
 
     logger.log("sampling...")
-    batches, count = [], 0
+    batches, files = [], []
+    png = PngWriter(Path(logger.get_dir()) / "png", class_names)
     for batch in sample_batches(
-        model,
-        diffusion,
+        guide(model, process, run.section(GuidanceConfig)),
+        create_sampler(run.section(SamplerConfig), process),
         vae,
         image_size=run.image_size,
-        num_samples=run.num_samples,
+        num_samples=run.section(SamplingConfig).count(class_names),
         batch_size=run.batch_size,
         classes=classes_in_turn(run.users, class_names) if run.class_cond else None,
         num_classes=len(class_names) if run.class_cond else None,
-        use_ddim=run.use_ddim,
-        clip_denoised=run.clip_denoised,
         seed=run.seed,
         per_image_seed=run.per_image_seed,
         progress=True,
     ):
         if dist_util.rank() == 0 and run.save_png:
-            save_pngs(Path(logger.get_dir()) / "png", batch, class_names, first=count)
+            files += [f"png/{name}" for name in png.write(batch)]
         batches.append(batch)
-        count += len(batch.pixels)
-        logger.log(f"created {count} samples")
+        logger.log(f"created {sum(len(batch.pixels) for batch in batches)} samples")
 
     if dist_util.rank() == 0:
-        everything = join(batches)
-        logger.log(f"saving to {save_samples(logger.get_dir(), everything)}")
-        shown, labels = everything.pixels[:GRID_IMAGES], everything.labels
-        captions = [""] * len(shown) if labels is None else [safe_name(class_names, y) for y in labels[:GRID_IMAGES]]
-        save_grid(Path(logger.get_dir()) / "grid.png", shown, captions, GRID_COLUMNS)
+        everything, folder = join(batches), Path(logger.get_dir())
+        logger.log(f"saving to {save_samples(folder, everything)}")
+        save_grids(folder, everything, class_names)
+        about = {name: getattr(run, name) for name in RECORDED}
+        about |= {"model_sha256": digest(run.model_path), "autoencoder": vae.fingerprint}
+        save_manifest(folder, files, everything, class_names, about)
     logger.log("sampling complete")
 
 

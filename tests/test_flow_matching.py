@@ -44,7 +44,7 @@ def test_training_losses_are_upstreams(key):
     """Upstream draws noise, then uniform times, from torch; logit-normal times from numpy."""
     _, path, prediction, weight, cosine, lognorm, _ = key.split(".")
     flow = flow_of(
-        path=path.lower(),
+        path_type=path.lower(),
         prediction=prediction,
         loss_weight=weight.lower(),
         use_cosine_loss=cosine == "cos1",
@@ -133,7 +133,7 @@ KINDS = "velocity", "score", "noise", "x_start"
 
 @pytest.mark.parametrize("path, source, target", [*itertools.product(fm.PATHS, KINDS, KINDS)])
 def test_each_estimate_gives_the_others(path, source, target):
-    flow, world = FlowMatching(path=path), Gaussian(path)
+    flow, world = FlowMatching(path_type=path), Gaussian(path)
     x, t = standard_noise(200).view(50, 4), th.linspace(0.02, 0.98, 50, dtype=th.float64)
     value, wanted = world.estimate(x, t, source), world.estimate(x, t, target)
     turned = flow.convert(value, x, t, source=source, target=target)
@@ -143,7 +143,7 @@ def test_each_estimate_gives_the_others(path, source, target):
 
 @pytest.mark.parametrize("path, prediction", [*itertools.product(fm.PATHS, fm.PREDICTIONS)])
 def test_velocity_whatever_the_network_predicts(path, prediction):
-    flow, world = FlowMatching(path=path, prediction=prediction), Gaussian(path)
+    flow, world = FlowMatching(path_type=path, prediction=prediction), Gaussian(path)
     x, t = standard_noise(50), th.tensor(0.3, dtype=th.float64)
     velocity = flow.velocity(world.predicting(prediction), x, t)
     assert velocity.dtype == th.float64
@@ -153,7 +153,7 @@ def test_velocity_whatever_the_network_predicts(path, prediction):
 @pytest.mark.parametrize("path, prediction", [*itertools.product(fm.PATHS, fm.PREDICTIONS)])
 def test_the_truth_cannot_be_beaten(path, prediction):
     """The loss is least at the closed form: any scaled version of it does worse, on the same noise and times."""
-    flow, world = FlowMatching(path=path, prediction=prediction), Gaussian(path)
+    flow, world = FlowMatching(path_type=path, prediction=prediction), Gaussian(path)
     n = 20_000
     x_start, noise = (
         MU + STD * standard_noise(n),
@@ -185,8 +185,8 @@ def test_times_have_their_law(use_lognorm, rng):
     "settings, start, end",
     [
         ({}, 0, 1),
-        ({"path": "gvp"}, 0, 1),
-        ({"path": "vp"}, 0, 1 - 1e-5),
+        ({"path_type": "gvp"}, 0, 1),
+        ({"path_type": "vp"}, 0, 1 - 1e-5),
         ({"prediction": "noise"}, 1e-3, 1 - 1e-3),
         ({"train_eps": 0.1}, 0.1, 0.9),
     ],
@@ -207,7 +207,7 @@ def test_solvers_have_their_order(path, method):
     """
 
     def errors(steps):
-        x = FlowMatching(path=path).sample_loop(
+        x = FlowMatching(path_type=path).sample_loop(
             Gaussian(path).predicting("velocity"), standard_noise(500), steps + 1, method=method
         )
         return np.array([abs(x.mean() - MU), abs(x.std(unbiased=False) - STD)])
@@ -222,7 +222,7 @@ def test_solvers_have_their_order(path, method):
 
 @pytest.mark.parametrize("path, prediction, shift", [*itertools.product(fm.PATHS, fm.PREDICTIONS, [0.0, 0.3])])
 def test_ode_recovers_a_gaussian(path, prediction, shift):
-    flow, world = FlowMatching(path=path, prediction=prediction, timestep_shift=shift), Gaussian(path)
+    flow, world = FlowMatching(path_type=path, prediction=prediction, timestep_shift=shift), Gaussian(path)
     x = flow.sample_loop(world.predicting(prediction), standard_noise(500), 200, method="heun")
     close([x.mean(), x.std()], [MU, STD], 0.02)
 
@@ -251,7 +251,7 @@ class Draws:
 def test_sde_has_the_paths_marginals(path, form, method):
     """Every diffusion form ends in the law of x_t at the end of its walk, here at t = 0.999."""
     world, draws = Gaussian(path), Draws(600)
-    x = FlowMatching(path=path).sample_sde_loop(
+    x = FlowMatching(path_type=path).sample_sde_loop(
         world.predicting("velocity"),
         draws(None),
         400,
@@ -308,7 +308,7 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_likelihood_of_a_gaussian(path, prediction):
     """The Jacobian is diagonal, so one probe is exact."""
     flow, world, x = (
-        FlowMatching(path=path, prediction=prediction),
+        FlowMatching(path_type=path, prediction=prediction),
         Gaussian(path),
         MU + STD * standard_noise(60).view(20, 3),
     )
@@ -336,7 +336,7 @@ def test_hutchinsons_probe_is_unbiased():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"path": "Linear"}, "--path is 'Linear'; it must be one of linear, gvp, vp"),
+        ({"path_type": "Linear"}, "--path_type is 'Linear'; it must be one of linear, gvp, vp"),
         ({"prediction": "x"}, "--prediction is 'x'; it must be one of velocity, score, noise"),
         ({"loss_weight": "snr"}, "--loss_weight is 'snr'; it must be one of none, velocity, likelihood"),
         ({"train_eps": 0.5}, "--train_eps is 0.5; it must be in"),

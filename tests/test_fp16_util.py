@@ -236,6 +236,48 @@ def test_overflow_is_infinite_or_not_a_number(value, over):
     assert fp16_util.check_overflow(value) == over
 
 
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+
+def clipped_step(use_fp16, grad_clip, row):
+    """One step of SGD at rate 1: the move (w flat, then b) is minus the clipped gradient, and what was logged."""
+    trainer = MixedPrecisionTrainer(model=Linear(), use_fp16=use_fp16, initial_lg_loss_scale=8.0, grad_clip=grad_clip)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    before = trainer.master_params_to_state_dict([p.detach().clone() for p in trainer.master_params])
+    assert step(trainer, th.optim.SGD(trainer.master_params, lr=1.0), X)
+    after = trainer.master_params_to_state_dict(trainer.master_params)
+    return th.cat([(before[name] - after[name]).flatten() for name in names]), float(row["grad_norm"])
+
+
+GRADIENT = th.tensor([0.5, -1.0, 2.0, 4.0, 1.0, 1.0])  # X, and ones for b: the squares add up to 23.25
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("limit", [0.5, 3.0])
+def test_a_long_gradient_is_cut_to_the_limit_and_keeps_its_direction(use_fp16, limit, row):
+    """In half precision, too, the limit is of the gradient without the loss scale; the log has the norm before."""
+    moved, logged = clipped_step(use_fp16, limit, row)
+    assert moved.norm().item() == pytest.approx(limit, rel=1e-5)
+    assert th.allclose(moved / limit, GRADIENT / 23.25**0.5, atol=1e-5)
+    assert logged == pytest.approx(23.25**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("limit", [0.0, 5.0])
+def test_a_short_gradient_and_a_limit_of_0_change_no_bit(use_fp16, limit, row):
+    moved, _ = clipped_step(use_fp16, limit, row)
+    assert th.equal(moved, GRADIENT)
+
+
+@pytest.mark.parametrize("use_fp16, waits", [(False, 0), (True, 1)])
+def test_clipping_does_not_wait_for_the_device(use_fp16, waits):
+    trainer = toy(use_fp16=use_fp16, initial_lg_loss_scale=10.0, grad_clip=0.1)
+    opt = th.optim.SGD(trainer.master_params, lr=0.1)
+    with Waits() as seen:
+        assert step(trainer, opt, th.ones(1, 2, 6))
+    assert seen.count == waits
+
+
 # ---- what is logged, and what it costs -------------------------------------------------------------------------------
 
 

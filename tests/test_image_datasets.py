@@ -184,6 +184,12 @@ def test_parts_are_not_persons(folder):
     assert "held-out images are in" in said[0]
 
 
+def test_streams_know_how_many_samples_they_have(folder):
+    images = data.load_data(data_dir=folder, batch_size=5, image_size=32, seed=0)
+    assert images.num_samples == load(folder, VAEInterface()).num_samples == 12
+    assert load(folder, VAEInterface("pixel")).num_samples == 12
+
+
 def test_what_was_found_is_said(folder):
     (folder / "user_09").mkdir()
     said = []

@@ -1,5 +1,8 @@
 """From a checkpoint to files: names, labels, seeds, and the same image whatever shares the work."""
 
+import csv
+import hashlib
+
 import numpy as np
 import pytest
 import torch as th
@@ -49,9 +52,14 @@ def test_only_the_model_path_is_needed(trained, tmp_path):
     assert pixels.shape == (5, 32, 32, 3) and pixels.dtype == np.uint8 and labels.dtype == np.int64
     for line in ("creating model and diffusion...", "sampling...", "created 5 samples", "sampling complete"):
         assert line in done.stdout
-    for i, label in enumerate(labels):
-        name = NAMES[label]
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / name / f"{name}_{i:06d}.png")), pixels[i])
+    rows = list(csv.DictReader((tmp_path / "manifest.csv").open()))
+    assert [row["user"] for row in rows] == [NAMES[label] for label in labels]
+    for i, row in enumerate(rows):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), pixels[i])
+        assert (row["row"], row["seed"], row["use_ddim"]) == (str(i), "0", "True")
+        assert row["model_sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
+    assert len({row["file"] for row in rows}) == 5
+    assert {path.stem for path in (tmp_path / "grids").iterdir()} == {row["user"] for row in rows}
     assert (tmp_path / "grid.png").exists()
 
 
@@ -73,6 +81,14 @@ def test_users_are_named_as_on_disk_and_take_turns(trained, tmp_path):
     assert {path.name for path in (tmp_path / "png").iterdir()} == {"user_30", "user_07"}
 
 
+def test_so_many_of_each_user_under_the_names_of_the_users(trained, tmp_path):
+    sample(trained, tmp_path, "--user_ids", 1, 30, "--num_samples_per_user", 3, "--num_steps", 4)
+    assert arrays(tmp_path)[1].tolist() == [0, 2] * 3
+    names = {str(path.relative_to(tmp_path / "png")) for path in (tmp_path / "png").rglob("*.png")}
+    assert names == {f"user_{u}/micro_doppler_user{u}_00{i}.png" for u in ("01", "30") for i in (1, 2, 3)}
+    assert Image.open(tmp_path / "grids" / "user_01.png").height < 2 * 48
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -81,6 +97,12 @@ def test_users_are_named_as_on_disk_and_take_turns(trained, tmp_path):
         (["--users", "3"], ["--users names '3'", "user_01 to user_30"]),
         (["--vae_path", "pixel"], ["--vae_path pixel", "trained on latents of"]),
         (["--num_samples", 0], ["--num_samples is 0"]),
+        (["--num_samples_per_user", 2], ["--num_samples_per_user 2 needs --users"]),
+        (["--cfg_scale", 2], ["no null label", "--class_dropout_prob 0.1"]),
+        (["--cfg_interval", "0.9,0.1"], ["--cfg_interval is '0.9,0.1'", "must rise"]),
+        (["--sampler", "euler"], ["--sampler euler", "p_sample, ddim"]),
+        (["--num_steps", 3, "--timestep_respacing", 3], ["--num_steps 3", "give one"]),
+        (["--network", "dit"], ["--network is 'dit'", "trained with 'unet'"]),
         (["--timestep_respacing", "ddim30"], ["30"]),
     ],
 )

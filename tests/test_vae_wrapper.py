@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from guided_diffusion_vae.autoencoders import layouts
 from guided_diffusion_vae.autoencoders.kl import KLAutoencoder, KLConfig
 from guided_diffusion_vae.config import UserError
-from guided_diffusion_vae.vae_wrapper import SD_SCALE, VAEConfig, VAEInterface, load_vae
+from guided_diffusion_vae.vae_wrapper import SD_SCALE, VAEConfig, VAEInterface, load_vae, stats_file
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +249,76 @@ def test_pixel_is_the_identity():
 def test_nothing_in_it_learns():
     vae = VAEInterface()
     assert not any(p.requires_grad for p in vae.parameters()) and not vae.training
+
+
+# ---- every channel by its statistics ---------------------------------------------------------------------------------
+
+
+def write_stats(folder, mean=(1.0, -2.0, 0.0, 4.0), std=(0.5, 2.0, 4.0, 1.0)):
+    stats = {"mean": th.tensor(mean).view(1, -1, 1, 1), "std": th.tensor(std).view(1, -1, 1, 1)}
+    folder.mkdir(exist_ok=True)
+    th.save(stats, folder / "latents_stats.pt")
+    return stats_file(folder)
+
+
+def test_latent_norm_is_the_affine_map_of_each_channel(tmp_path):
+    path = write_stats(tmp_path)
+    for factor in (0.0, 3.0):
+        vae = load_vae(VAEConfig(latent_norm=True, scale_factor=factor), latent_stats=path)
+        times = factor or 1.0
+        assert vae.latent_scale.shift == (1.0, -2.0, 0.0, 4.0)
+        assert vae.scale_factor == (times / 0.5, times / 2, times / 4, times / 1)
+    images = th.rand(2, 3, 32, 32) * 2 - 1
+    mean, std = vae.encode_raw(images).chunk(2, dim=1)
+    z, z_std = vae.encode_moments(images).chunk(2, dim=1)
+    assert th.allclose(z[:, 1], 3 * (mean[:, 1] + 2) / 2) and th.allclose(z_std[:, 2], 3 * std[:, 2] / 4)
+    plain = VAEInterface(scale_factor=1.0)
+    assert th.allclose(vae.decode_batch(z), plain.decode_batch(mean), atol=1e-5)
+
+
+def test_the_fingerprint_covers_the_statistics_and_the_weights_fingerprint_does_not(tmp_path):
+    config = VAEConfig(latent_norm=True)
+    one, copy = (load_vae(config, latent_stats=write_stats(tmp_path / name)) for name in ("a", "b"))
+    other = load_vae(config, latent_stats=write_stats(tmp_path / "c", std=(0.5, 2.0, 4.0, 1.001)))
+    plain = VAEInterface()
+    assert (
+        one.fingerprint
+        == copy.fingerprint
+        == load_vae(config, latent_stats=tmp_path / "a/latents_stats.pt").fingerprint
+    )
+    assert len({one.fingerprint, other.fingerprint, plain.fingerprint}) == 3
+    assert {v.weights_fingerprint for v in (one, other, plain, VAEInterface(scale_factor=9))} == {
+        one.weights_fingerprint
+    }
+    changed = VAEInterface()
+    with th.no_grad():
+        next(changed.vae.parameters()).flatten()[0].add_(1e-3)
+    assert changed.weights_fingerprint != plain.weights_fingerprint
+    with pytest.raises(UserError, match=f"is autoencoder {other.fingerprint}, but the checkpoint"):
+        load_vae(config, expected=one.fingerprint, latent_stats=tmp_path / "c/latents_stats.pt")
+
+
+def test_statistics_lie_beside_what_is_named(tmp_path):
+    (tmp_path / "train.safetensors").write_bytes(b"")
+    assert stats_file(tmp_path) == stats_file(tmp_path / "train.safetensors") == tmp_path / "latents_stats.pt"
+
+
+def test_statistics_that_do_not_fit_are_one_line(tmp_path):
+    config = VAEConfig(latent_norm=True)
+    for path in None, stats_file(tmp_path):
+        with pytest.raises(UserError, match="latents_stats.pt, which does not exist: extract .*latent_extract.py"):
+            load_vae(config, latent_stats=path)
+    with pytest.raises(UserError, match="is of 2 channels, but --vae_path microdoppler-f4 makes 4"):
+        load_vae(config, latent_stats=write_stats(tmp_path, mean=(0.0, 0.0), std=(1.0, 1.0)))
+    with pytest.raises(UserError, match="channel 2 of .* never changes"):
+        load_vae(config, latent_stats=write_stats(tmp_path, std=(1.0, 1.0, 0.0, 1.0)))
+    with pytest.raises(UserError, match="does not hold a finite mean and std"):
+        load_vae(config, latent_stats=write_stats(tmp_path, std=(1.0, 1.0, float("nan"), 1.0)))
+    th.save([1, 2], tmp_path / "latents_stats.pt")
+    with pytest.raises(UserError, match="does not hold a finite mean and std"):
+        load_vae(config, latent_stats=stats_file(tmp_path))
+    with pytest.raises(UserError, match="--vae_path is pixel: leave --latent_norm out"):
+        load_vae(VAEConfig(vae_path="pixel", latent_norm=True), latent_stats=write_stats(tmp_path))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""Where a run is put together: a network, a process and a sampler from flags.
+
+Two networks (ADM's U-Net, LightningDiT) and two processes (Gaussian diffusion, flow matching) combine freely; one
+training loop and one sampling loop serve all four. `script_util` makes upstream's pair, for upstream's callers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch as th
+
+from . import dist_util
+from .config import Run, UserError
+from .dit import DiTConfig, create_dit
+from .estimate import Estimate, estimate
+from .flow_matching import FlowConfig, FlowMatching
+from .model_flags import load_weights
+from .resample import create_named_schedule_sampler
+from .respace import SpacedDiffusion
+from .script_util import NUM_CLASSES, DiffusionConfig, ModelConfig, create_diffusion_vae, create_model_vae
+from .train_util import ema_rates
+
+PREVIEW_STEPS = 25  # enough to show where training stands
+FLOW_STEPS = 250  # points of the grid of times, as published for SiT and LightningDiT
+LABEL_DROPOUT = {"unet": 0.0, "dit": 0.1}  # what was published for each
+SHARED = {"image_size", "class_cond", "use_checkpoint", "use_fp16", "learn_sigma"}  # flags that every network reads
+PROCESSES = "gaussian", "flow"
+USERS = 31  # for an estimate, which reads no data: a user more or less is a row of a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceConfig:
+    """Which network, which process."""
+
+    network: str = "unet"  # unet (guided-diffusion's) or dit (LightningDiT)
+    process: str = "gaussian"  # gaussian (diffusion) or flow (matching)
+    class_dropout_prob: float = -1.0  # how often training hides the user, for guidance; -1: 0.1 with dit, 0 with unet
+
+    def __post_init__(self):
+        for name, known in (("network", LABEL_DROPOUT), ("process", PROCESSES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
+        if self.class_dropout_prob != -1 and not 0 <= self.class_dropout_prob < 1:
+            raise UserError(f"--class_dropout_prob is {self.class_dropout_prob}; a probability lies between 0 and 1")
+
+    @property
+    def label_dropout(self) -> float:
+        """How often training hides the user."""
+        return LABEL_DROPOUT[self.network] if self.class_dropout_prob == -1 else self.class_dropout_prob
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How samples are walked back from noise."""
+
+    clip_denoised: bool = True  # clamp each predicted x_0 to [-1, 1]; by default only in pixels, never on latents
+    use_ddim: bool = False  # DDIM steps (deterministic) instead of ancestral ones: --sampler ddim
+    sampler: str = ""  # p_sample or ddim; of a flow euler, heun, dopri5, sde_euler or sde_heun. Empty: the first
+    num_steps: int = 0  # steps; of a flow the points of its grid. 0: all, or what --timestep_respacing says; flow: 250
+
+    def __post_init__(self):
+        if self.sampler and self.sampler not in {**GAUSSIAN_SAMPLERS, **FLOW_SAMPLERS}:
+            known = ", ".join((*GAUSSIAN_SAMPLERS, *FLOW_SAMPLERS))
+            raise UserError(f"--sampler is {self.sampler!r}; choose one of {known}")
+        if self.num_steps < 0 or self.num_steps == 1:
+            raise UserError(f"--num_steps is {self.num_steps}; give 2 or more, or 0 for the default")
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise UserError(f"--use_ddim True, but --sampler is {self.sampler}: give one of them")
+
+
+NETWORK_SECTIONS = (ChoiceConfig, ModelConfig, DiTConfig, DiffusionConfig, FlowConfig)
+
+
+def settings_of(run: Run, section) -> dict:
+    """The settings of one section by name."""
+    return {field.name: getattr(run, field.name) for field in fields(section)}
+
+
+def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
+    """The network that the flags name, for the latents of `vae`.
+
+    Args:
+        run: has the flags of `NETWORK_SECTIONS`.
+        num_classes: how many users there are, if `class_cond`.
+    Raises:
+        UserError: a size that cannot be divided as asked.
+    """
+    choice = run.section(ChoiceConfig)
+    if choice.network == "unet":
+        settings = settings_of(run, ModelConfig)
+        sigma = run.learn_sigma and choice.process == "gaussian"
+        return create_model_vae(
+            vae, **settings, learn_sigma=sigma, num_classes=num_classes, class_dropout_prob=choice.label_dropout
+        )
+    channels, height, _ = vae.latent_shape(run.image_size)
+    options = settings_of(run, DiTConfig)
+    return create_dit(
+        options.pop("model_type"),
+        input_size=height,
+        in_channels=channels,
+        num_classes=num_classes if run.class_cond else 0,
+        class_dropout_prob=choice.label_dropout if run.class_cond else 1.0,  # only the null label is left
+        learn_sigma=run.learn_sigma,
+        keep_sigma=run.learn_sigma and choice.process == "gaussian",
+        use_checkpoint=run.use_checkpoint,
+        **options,
+    )
+
+
+def load_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
+    """Collective: call on every process. The trained network of `--model_path` on this process's device, to sample."""
+    model = create_network(run, vae, num_classes=num_classes)
+    weights = dist_util.load_state_dict(run.model_path, map_location="cpu")
+    load_weights(model, weights, path=f"--model_path {run.model_path}", given=run.as_dict())
+    model.to(dist_util.dev())
+    if run.use_fp16:
+        model.convert_to_fp16()
+    return model.eval()
+
+
+def create_process(run: Run, vae, *, num_steps: int = 0) -> SpacedDiffusion | FlowMatching:
+    """The process that the flags name.
+
+    Args:
+        num_steps: walk a Gaussian process in so many steps; 0 is what `timestep_respacing` says.
+    """
+    if run.process == "flow":
+        return FlowMatching(**settings_of(run, FlowConfig), time_scale=1000.0 if run.network == "unet" else 1.0)
+    settings = settings_of(run, DiffusionConfig)
+    if num_steps:
+        settings["timestep_respacing"] = str(num_steps)
+    return create_diffusion_vae(vae, **settings)
+
+
+def create_sampler(config: SamplerConfig, process) -> Callable[..., th.Tensor]:
+    """(model, shape, noise, noise_like, model_kwargs, device, progress) -> samples, by the flags' solver.
+
+    Raises:
+        UserError: a solver of the other process.
+    """
+    table = FLOW_SAMPLERS if isinstance(process, FlowMatching) else GAUSSIAN_SAMPLERS
+    name = config.sampler or ("ddim" if config.use_ddim and table is GAUSSIAN_SAMPLERS else next(iter(table)))
+    if name not in table:
+        raise UserError(f"--sampler {name} is not of this model's process: choose {', '.join(table)}")
+    return partial(table[name], process, config)
+
+
+def _gaussian(loop: str):
+    def sample(process, config, model, shape, **how):
+        return getattr(process, loop)(model, shape, clip_denoised=config.clip_denoised, **how)
+
+    return sample
+
+
+def _ode(method: str):
+    def sample(process, config, model, shape, *, noise=None, noise_like=None, **how):
+        del noise_like  # nothing is random after the first noise
+        start = shape if noise is None else noise
+        return process.sample_loop(model, start, config.num_steps or FLOW_STEPS, method=method, **how)
+
+    return sample
+
+
+def _sde(method: str):
+    def sample(process, config, model, shape, *, noise=None, **how):
+        start = shape if noise is None else noise
+        steps = config.num_steps or FLOW_STEPS
+        return process.sample_sde_loop(model, start, steps, method=method, last_step="tweedie", **how)
+
+    return sample
+
+
+GAUSSIAN_SAMPLERS = {"p_sample": _gaussian("p_sample_loop"), "ddim": _gaussian("ddim_sample_loop")}
+FLOW_SAMPLERS = {"euler": _ode("euler"), "heun": _ode("heun"), "dopri5": _ode("dopri5")}
+FLOW_SAMPLERS |= {"sde_euler": _sde("euler"), "sde_heun": _sde("heun")}
+
+
+def try_settings(run: Run, vae, *, num_classes: int = 2) -> th.nn.Module:
+    """Build network and process without memory, so that a flag that cannot be is said before any image is read.
+
+    Returns:
+        the network, on the meta device.
+    Raises:
+        ValueError: see `create_network`, `create_process` and `create_named_schedule_sampler`.
+    """
+    with th.device("meta"):
+        model, process = create_network(run, vae, num_classes=num_classes), create_process(run, vae)
+    create_named_schedule_sampler(run.schedule_sampler, process)
+    return model
+
+
+def refuse_unfit(run: Run) -> None:
+    """Raise if flags of users or guidance meet a model without users, or steps are asked for twice.
+
+    Raises:
+        UserError: names the flags.
+    """
+    for name, asked in (("users", bool(run.users)), ("cfg_scale", run.cfg_scale != 1)):
+        if asked and not run.class_cond:
+            given = " ".join(run.users) if name == "users" else run.cfg_scale
+            raise UserError(f"--{name} {given}: this model was trained with --class_cond False; leave --{name} out")
+    if run.num_steps and "timestep_respacing" in run.given:
+        raise UserError(f"--num_steps {run.num_steps} and --timestep_respacing {run.timestep_respacing}: give one")
+
+
+def create_preview_sampler(run: Run, vae) -> Callable[..., th.Tensor]:
+    """A quick, deterministic sampler of the same process, for pictures during training."""
+    steps = PREVIEW_STEPS if run.process == "flow" else min(PREVIEW_STEPS, run.diffusion_steps)
+    config = SamplerConfig(use_ddim=run.process == "gaussian", num_steps=steps, clip_denoised=vae.is_pixel)
+    return create_sampler(config, create_process(run, vae, num_steps=steps))
+
+
+def ignored_settings(run: Run) -> list[str]:
+    """The given flags that the chosen network and process do not read."""
+    unread = DiTConfig if run.network == "unet" else ModelConfig, FlowConfig if run.process == "gaussian" else None
+    unread += (DiffusionConfig,) if run.process == "flow" else ()
+    names = {field.name for section in filter(None, unread) for field in fields(section)} - SHARED
+    return sorted(name for name in names & run.given if not _is_default(run, name))
+
+
+def _is_default(run, name):
+    defaults = {field.name: field.default for section in NETWORK_SECTIONS for field in fields(section)}
+    return getattr(run, name) == defaults[name]
+
+
+def estimate_run(run: Run, vae) -> Estimate:
+    """What memory and time a training run takes, without reading data."""
+    return estimate(
+        try_settings(run, vae, num_classes=USERS),
+        vae.latent_shape(run.image_size),
+        batch_size=run.batch_size,
+        microbatch=run.microbatch,
+        num_emas=len(ema_rates(run.ema_rate)),
+        steps=min(filter(None, (run.max_steps, run.lr_anneal_steps)), default=0),
+        classes=USERS if run.class_cond else None,
+        half=run.use_fp16,
+        recompute=run.use_checkpoint,
+        processes=dist_util.world_size(),
+        device=dist_util.dev(),
+    )
