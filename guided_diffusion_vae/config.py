@@ -143,14 +143,17 @@ def args_to_dict(args, keys) -> dict[str, Any]:
     return {key: getattr(args, key) for key in keys}
 
 
-def create_argparser(*sections, description: str | None = None, aliases: dict[str, str] | None = None) -> Parser:
+def create_argparser(
+    *sections, description: str | None = None, aliases: dict[str, str] | None = None, elsewhere=()
+) -> Parser:
     """A parser for the fields of all sections, plus `--config`, `--dry_run` and `--debug`.
 
     Args:
         aliases: flag -> another name for it.
+        elsewhere: sections of the scripts that share recipes with this one; it passes their keys over.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.sections = sections
+    parser.sections, parser.elsewhere = sections, {field.name for section in elsewhere for field in fields(section)}
     for section in sections:
         group = parser.add_argument_group(section.__name__)
         add_dict_to_argparser(group, _new_fields(section, parser), field_help(section), aliases)
@@ -210,7 +213,7 @@ def parse_run(parser: Parser, argv=None, base: dict[str, Any] | None = None, tra
         UserError: an unknown flag or key, or a value of the wrong type.
     """
     defaults = field_defaults(*parser.sections)
-    control = ("config", "dry_run", "debug")
+    control = {"config", "dry_run", "debug"} | parser.elsewhere
     unset = object()
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
     flags = {name: getattr(args, name) for name in defaults if getattr(args, name) is not unset}

@@ -24,6 +24,7 @@ from guided_diffusion_vae.assembly import (
 from guided_diffusion_vae.checkpoint import digest
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.guidance import GuidanceConfig, guide
+from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.run_record import read_run, refuse_contradictions
 from guided_diffusion_vae.sample_util import (
     PngWriter,
@@ -35,17 +36,19 @@ from guided_diffusion_vae.sample_util import (
     save_manifest,
     save_samples,
 )
+from guided_diffusion_vae.train_util import TrainConfig
 from guided_diffusion_vae.vae_wrapper import PIXEL, VAEConfig, load_vae
 
 NETWORK = (*NETWORK_SECTIONS, VAEConfig)
 OURS = (SamplingConfig, SamplerConfig, GuidanceConfig)
+TRAINING = (DataConfig, TrainConfig)
 ALIASES = {"users": "user_ids"}
 RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "timestep_respacing")
 RECORDED += ("cfg_scale", "cfg_interval", "cfg_channels", "model_path")
 
 
 def main(argv=None):
-    parser = create_argparser(*OURS, *NETWORK, description=__doc__, aliases=ALIASES)
+    parser = create_argparser(*OURS, *NETWORK, description=__doc__, aliases=ALIASES, elsewhere=TRAINING)
     settings, record = read_run(parse_run(parser, argv).model_path)
     network_names = [field.name for section in NETWORK for field in fields(section)]
     run = parse_run(parser, argv, base={name: settings[name] for name in network_names if name in settings})

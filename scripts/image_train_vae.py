@@ -4,8 +4,8 @@
     mpiexec -n 2 python scripts/image_train_vae.py --config configs/dit_demo.yaml --data_dir LATENTS/train
 
 Also started by torchrun, srun, or plain python. Writes upstream's files (model*.pt, ema_*.pt, opt*.pt, log.txt,
-progress.csv), a run.yaml, and sample grids into --log_dir. `--resume_checkpoint auto` goes on after any interruption.
-`--dry_run True` says how much memory and time the run takes.
+progress.csv), run.yaml and sample grids into --log_dir. `--resume_checkpoint auto` goes on after any interruption;
+`--dry_run True` tells memory and time.
 """
 
 import os
@@ -16,6 +16,7 @@ import torch as th
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.assembly import (
     NETWORK_SECTIONS,
+    SamplerConfig,
     create_network,
     create_preview_sampler,
     create_process,
@@ -24,6 +25,7 @@ from guided_diffusion_vae.assembly import (
     try_settings,
 )
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_record import save_run
@@ -43,7 +45,8 @@ class OutputConfig:
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(*SECTIONS, OutputConfig, description=__doc__), argv)
+    sampling = (SamplerConfig, GuidanceConfig)
+    run = parse_run(create_argparser(*SECTIONS, OutputConfig, description=__doc__, elsewhere=sampling), argv)
     if dist_util.rank() == 0:
         print(run)
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train"
@@ -64,10 +67,8 @@ def main(argv=None):
     data_flags = asdict(run.section(DataConfig))
     about = {"image_size": run.image_size, "vae": vae, "class_cond": run.class_cond, "say": logger.log}
     data = load_data_with_vae(**data_flags, **about, batch_size=run.batch_size, seed=run.seed)
-    heldout = None
-    if run.val_dir:
-        about |= {"cache_latents": run.cache_latents, "skip_bad_images": run.skip_bad_images}
-        heldout = load_heldout(data_dir=run.val_dir, class_names=data.class_names, **about)
+    about |= {"class_names": data.class_names, "skip_bad_images": run.skip_bad_images}
+    heldout = load_heldout(data_dir=run.val_dir, cache_latents=run.cache_latents, **about) if run.val_dir else None
 
     logger.log("creating model and diffusion...")
     th.manual_seed(run.seed)
