@@ -168,6 +168,30 @@ def test_the_truth_cannot_be_beaten(path, prediction):
     assert loss(1.0) < min(loss(0.9), loss(1.1))
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_loss_and_gradient_are_the_formulas(cosine):
+    """In numpy and float64, for a network v = w x: the sums, and the gradients of |w x - v|^2 and 1 - cos, by hand."""
+    rng = np.random.RandomState(0)
+    data, noise, t = rng.randn(3, 4, 2, 2), rng.randn(3, 4, 2, 2), np.array([0.1, 0.5, 0.8])
+    s = t[:, None, None, None]
+    x, v, w = s * data + (1 - s) * noise, data - noise, rng.randn(4)[:, None, None]
+    out = w * x
+    loss, grad = ((out - v) ** 2).mean(axis=(1, 2, 3)), (2 * (out - v) * x).sum(axis=(0, 2, 3)) / (3 * 16)
+    if cosine:
+        a, b = (np.sqrt((y**2).sum(1, keepdims=True)) for y in (out, v))
+        ab = (out * v).sum(1, keepdims=True)
+        loss = loss + (1 - ab / (a * b)).mean(axis=(1, 2, 3))
+        slope = -(v / (a * b) - ab * out / (a**3 * b))  # of one position's 1 - cos, by out
+        grad = grad + (slope * x).sum(axis=(0, 2, 3)) / (3 * 4)
+    weight = th.from_numpy(w).requires_grad_()
+    terms = FlowMatching(use_cosine_loss=cosine).training_losses(
+        lambda x, t: weight * x, *map(th.from_numpy, (data, t)), noise=th.from_numpy(noise)
+    )
+    terms["loss"].mean().backward()
+    close(terms["loss"].detach(), th.from_numpy(loss), 1e-12)
+    close(weight.grad.flatten(), th.from_numpy(grad), 1e-12)
+
+
 # ---- times -----------------------------------------------------------------------------------------------------------
 
 
