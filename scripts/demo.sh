@@ -12,8 +12,8 @@ rm -rf "$out"
 run python scripts/simulate_microdoppler.py --out_dir "$out/data" --image_size 64
 run $two python scripts/image_train_vae.py --config configs/demo.yaml --data_dir "$out/data/train" --log_dir "$out/train"
 model=$(ls "$out"/train/ema_*.pt | tail -n 1)
-run $two python scripts/image_sample_vae.py --model_path "$model" --users all --num_samples 248 --batch_size 62 \
-    --timestep_respacing 30 --use_ddim True --per_image_seed True --log_dir "$out/samples"
+run $two python scripts/image_sample_vae.py --model_path "$model" --users all --num_samples_per_user 8 --batch_size 62 \
+    --num_steps 30 --use_ddim True --per_image_seed True --log_dir "$out/samples"
 run python scripts/evaluate_samples.py --real_dir "$out/data/train" --heldout_dir "$out/data/test" \
     --samples "$out"/samples/samples_248x64x64x3.npz --out_dir "$out/report"
 

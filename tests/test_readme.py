@@ -9,9 +9,11 @@ from helpers import ROOT, script
 from guided_diffusion_vae.config import read_yaml
 
 SMALLER = {
-    "simulate_microdoppler.py": "--num_users 8 --train_images 6 --val_images 0 --test_images 2",
+    "simulate_microdoppler.py": "--num_users 8 --train_images 6 --val_images 1 --test_images 2",
     "image_train_vae.py": "--max_steps 2 --lr_anneal_steps 0 --num_channels 32 --batch_size 2 --sample_interval 0",
-    "image_sample_vae.py": "--num_samples 16 --timestep_respacing 2",
+    "image_sample_vae.py": "--num_samples_per_user 2 --num_steps 2",
+    "latent_extract.py": "",
+    "run_pipeline.py": "--max_steps 2 --lr_anneal_steps 0 --batch_size 2 --num_samples_per_user 2 --num_steps 2",
     "evaluate_samples.py": "--judge_epochs 1",
     "check_vae.py": "",
     "vae_train.py": "--max_steps 2 --batch_size 1",
@@ -45,6 +47,9 @@ def test_the_readme_from_people_to_report(tmp_path):
         "runs/one/samples/grid.png",
         "runs/one/samples/report/report.json",
         "runs/one/samples/report/comparison.png",
+        "runs/dit/train/ema_0.99_best.pt",
+        "runs/dit/report/report.json",
+        "runs/two/samples/png/user_03/micro_doppler_user03_002.png",
         "runs/mine/samples/png/user_03",
         "runs/mine/samples/png/user_07",
         "runs/mine/samples/report/report.json",
