@@ -3,17 +3,19 @@
 A spectrogram x becomes a latent z through an autoencoder; a process mixes z with noise and asks a network to undo it;
 walking back and decoding gives new spectrograms.
 
-ground        config, logger, dist_util, checkpoint, run_state, run_record
+ground        config, logger, dist_util, checkpoint, run_state, run_record, stop_signals
 maths         nn, losses, gaussian_diffusion, respace, resample; flow_matching; guidance (a model around a model)
 networks      unet, fp16_util, model_flags; dit
 autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with
               .perceptual, .adversarial, .foundation (their losses), .ldm_config (upstream's YAML)
               vae_wrapper: pixels <-> latents, the owner of the scale
 data          data.microdoppler, data.gait, data.spectrogram, data.image_folder, data.plain_datasets, data.vae_data,
-              data.latent_shards (extracted latents), data.latent_extract, image_datasets
-loops         train_util with validation and sharding, sample_util; estimate; vae_tasks, vae_train_util, vae_infer_util
+              data.stream (order and noise of a step), data.latent_cache, data.latent_shards and .latent_extract,
+              image_datasets
+loops         train_util with train_config, validation and sharding; sample_util; estimate
+              vae_tasks, vae_train_util, vae_infer_util
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
-              pipeline: the scripts one after the other
+              pipeline, stages: the scripts one after the other
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
 """

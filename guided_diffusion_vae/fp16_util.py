@@ -4,7 +4,7 @@ In float32 the masters are the parameters themselves. In float16 they are two fl
 all vectors end to end, shape (N,), and all matrices and kernels end to end, shape (1, N).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch as th
 import torch.nn as nn
@@ -98,9 +98,14 @@ def master_params_to_state_dict(
 def state_dict_to_master_params(model: nn.Module, state_dict: dict[str, th.Tensor], use_fp16: bool) -> list[th.Tensor]:
     """The masters that a state_dict of the model holds."""
     if use_fp16:
-        named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
+        named = [(name, state_dict[name]) for name, _ in _trained(model)]
         return make_master_params(get_param_groups_and_shapes(named))
     return [state_dict[name] for name, _ in model.named_parameters()]
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained: fixed ones, such as a transformer's positions, must not decay with them."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 def zero_master_grads(master_params: Iterable[th.Tensor]) -> None:
@@ -125,6 +130,11 @@ def check_overflow(value: float) -> bool:
     return value in (float("inf"), -float("inf")) or value != value
 
 
+def norm_of(tensors: list[th.Tensor]) -> th.Tensor:
+    """The 2-norm of all numbers in the tensors, float32, (); it stays on the device."""
+    return th.stack([norm.float() for norm in th._foreach_norm(tensors)]).norm()
+
+
 class MixedPrecisionTrainer:
     """Owns the masters, the loss scale and the step of the optimizer.
 
@@ -132,6 +142,7 @@ class MixedPrecisionTrainer:
         model: converted to float16 here if `use_fp16`.
         fp16_scale_growth: added to log2 of the loss scale after every good step.
         grad_clip: largest norm of the (unscaled) gradient; 0 = no limit. The norm that is logged is that before.
+        norm: of a list of tensors; other than `norm_of` where a process holds shares of them only.
     """
 
     def __init__(
@@ -142,14 +153,15 @@ class MixedPrecisionTrainer:
         fp16_scale_growth=1e-3,
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
+        norm: Callable[[list[th.Tensor]], th.Tensor] = norm_of,
     ):
         self.model, self.use_fp16, self.fp16_scale_growth = model, use_fp16, fp16_scale_growth
-        self.grad_clip = grad_clip
+        self.grad_clip, self.norm = grad_clip, norm
         self.lg_loss_scale, self.overflows = initial_lg_loss_scale, 0
         self.model_params = self.master_params = list(model.parameters())
         self.param_groups_and_shapes = None
         if use_fp16:
-            self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
+            self.param_groups_and_shapes = get_param_groups_and_shapes(_trained(model))
             self.master_params = make_master_params(self.param_groups_and_shapes)
             model.convert_to_fp16()
 
@@ -212,9 +224,7 @@ class MixedPrecisionTrainer:
 
     def _compute_norms(self, grad_scale=1.0):
         grads = [param.grad for param in self.master_params if param.grad is not None]
-        norms = [th._foreach_norm(tensors) for tensors in (grads, [p.detach() for p in self.master_params])]
-        grad_norm, param_norm = (th.stack([n.float() for n in group]).norm() for group in norms)
-        return grad_norm / grad_scale, param_norm
+        return self.norm(grads) / grad_scale, self.norm([param.detach() for param in self.master_params])
 
     def master_params_to_state_dict(self, master_params):
         """See the function of this name."""

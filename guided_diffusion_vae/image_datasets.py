@@ -1,15 +1,11 @@
-"""What a training loop is fed: `(batch, cond)` for ever, in an order that needs no memory.
+"""What a training loop is fed: `(batch, cond)` for ever, of images or of latents, in the order that `data.stream` has.
 
-Sample number `i` of the stream is image `permutation(seed, i // N)[i % N]` of N; step `s` with `G` samples over all
-processes takes the numbers `s G ... (s + 1) G - 1`, and process `r` its slice of them. So the order depends on (seed,
-step) alone: a resumed run only calls `seek(step)`, two processes with batch b see what one with 2b sees, and a folder
-smaller than the batch wraps around. Random numbers of a step are drawn for all its slots and sliced in the same way.
+Latents come from images that are encoded once and cached, or at every batch, or from extracted ones; whichever it is,
+the loop sees model latents of unit variance and the labels of one class list.
 """
 
 import contextlib
-import json
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch as th
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from . import dist_util
-from .checkpoint import atomic_write
 from .config import UserError
-from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb, refuse
+from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb
+from .data.latent_cache import MomentsDataset, cached_moments, drop_bad_images
 from .data.latent_shards import LatentShards, find_shards
+from .data.stream import BatchStream, slot_randn
 from .vae_wrapper import warn_unless_unit_variance
 
-ENCODE_BATCH = 32
 PARTS = {"train", "val", "valid", "validation", "test"}  # names of folders that hold no person
 
 
@@ -44,87 +39,6 @@ class DataConfig:
     # mirror half of the images; False for spectrograms, because mirrored time or Doppler is another gait
     random_flip: bool = False
     num_workers: int = 1  # processes that read images when latents are not cached
-
-
-# ---- the stream ------------------------------------------------------------------------------------------------------
-
-
-def mix(*numbers: int) -> int:
-    """A 63-bit seed from several integers (SeedSequence hashing: nearby inputs give unrelated seeds)."""
-    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def slot_randn(shape, *, seed: int, step: int, use: int, device="cpu") -> th.Tensor:
-    """This process's slice of one step's normal numbers, the same however many processes share the step.
-
-    Args:
-        shape: (N, ...) of this process.
-        use: what the numbers are for (a small integer), so that two uses in one step are independent.
-    """
-    n, (rank, size) = shape[0], (dist_util.rank(), dist_util.world_size())
-    generator = th.Generator(device=device).manual_seed(mix(seed, step, use))
-    return th.randn((n * size, *shape[1:]), generator=generator, device=device)[rank * n : (rank + 1) * n]
-
-
-class Order(Dataset):
-    """A dataset read by stream position instead of by index; augmentation is seeded by the position, too."""
-
-    def __init__(self, dataset: Dataset, *, seed: int, shuffle: bool):
-        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
-        self._epoch, self._order = -1, None
-
-    def index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.dataset))
-        if not self.shuffle:
-            return place
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch]).permutation(len(self.dataset))
-        return int(self._order[place])
-
-    def __getitem__(self, position: int):
-        if not getattr(self.dataset, "draws", True):  # it asks for no random number, and seeding costs more than a row
-            return self.dataset[self.index(position)]
-        state = random.getstate()
-        random.seed(mix(self.seed, position))
-        try:
-            return self.dataset[self.index(position)]
-        finally:
-            random.setstate(state)
-
-
-class BatchStream(Iterator):
-    """Endless batches of a dataset for this process; `seek(step)` goes to any step at once."""
-
-    def __init__(self, dataset, batch_size: int, *, seed: int = 0, shuffle: bool = True, num_workers: int = 0):
-        if batch_size < 1:
-            raise UserError(f"--batch_size is {batch_size}; it must be at least 1")
-        self.order = Order(dataset, seed=seed, shuffle=shuffle)
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.num_samples = len(dataset)
-        self.seek(0)
-
-    def positions(self, step: int) -> Iterator[list[int]]:
-        """The stream positions of this process's batches, from a step on."""
-        while True:
-            first = (step * dist_util.world_size() + dist_util.rank()) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-            step += 1
-
-    def seek(self, step: int) -> None:
-        """Continue with the batch of this step (0 = first)."""
-        self.step = step
-        self._batches = None
-
-    def __next__(self):
-        if self._batches is None:
-            loader = DataLoader(self.order, batch_sampler=self.positions(self.step), num_workers=self.num_workers)
-            self._batches = iter(loader)
-        self.step += 1
-        try:
-            return next(self._batches)
-        except UserError as error:  # a worker's comes with its whole traceback in the text
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -354,126 +268,6 @@ def posterior_of(batch: th.Tensor, dataset: Dataset, vae) -> tuple[th.Tensor, th
     moments = batch if isinstance(dataset, MomentsDataset) else vae.encode_moments(batch)
     mean, std = moments.chunk(2, dim=1)
     return mean, std
-
-
-class MomentsDataset(Dataset):
-    """Cached posterior moments, (N, 2C, h, w) float32, memory-mapped."""
-
-    draws = False
-
-    def __init__(self, path: Path, labels: list[int]):
-        self.moments, self.labels = np.load(path, mmap_mode="r"), labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return np.array(self.moments[index]), {"y": np.array(self.labels[index], dtype=np.int64)}
-
-
-def drop_bad_images(folder: ImageFolder, say) -> ImageFolder:
-    """Collective: call on every process. Leave out the images that cannot be read, and say which."""
-    mine = range(dist_util.rank(), len(folder.paths), dist_util.world_size())
-    bad = {}
-    for part in dist_util.gather_objects(_unreadable(folder.paths, mine)):
-        bad.update(part)
-    if not bad:
-        return folder
-    say(f"left out {len(bad)} of {len(folder.paths)} images: " + "; ".join(list(bad.values())[:5]))
-    keep = [i for i in range(len(folder.paths)) if i not in bad]
-    if not keep:
-        refuse(list(bad.values()), len(folder.paths))
-    return folder._replace(paths=[folder.paths[i] for i in keep], labels=[folder.labels[i] for i in keep])
-
-
-def _unreadable(paths, indices) -> dict[int, str]:
-    bad = {}
-    for i in indices:
-        try:
-            read_rgb(paths[i])
-        except UserError as error:
-            bad[i] = str(error)
-    return bad
-
-
-def cached_moments(images: ImageDataset, folder: ImageFolder, vae, data_dir: Path, cache: str, say) -> MomentsDataset:
-    """Collective: call on every process. The cached moments of these images; encoded now if not there or outdated."""
-    place = Path(cache) if cache else data_dir / ".latents" / f"{vae.fingerprint}-{images.resolution}"
-    wanted = cache_index(folder, vae, images.resolution, data_dir)
-    if not dist_util.rank0_first(lambda: cache_is_current(place, wanted, named=bool(cache))):
-        encode_folder(images, vae, place, wanted, say)
-    say(f"reading cached latents from {place}")
-    return MomentsDataset(place / "moments.npy", folder.labels)
-
-
-def cache_index(folder: ImageFolder, vae, image_size: int, data_dir: Path) -> dict:
-    """What a cache was made from: the autoencoder, the size, and each file with its length and time."""
-    files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in folder.paths]
-    return {
-        "autoencoder": vae.fingerprint,
-        "image_size": image_size,
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
-    }
-
-
-def cache_is_current(place: Path, wanted: dict, *, named: bool) -> bool:
-    """Whether `place` holds these images' latents; a named cache of another autoencoder is an error, not a rebuild."""
-    try:
-        found = json.loads((place / "index.json").read_text())
-    except (OSError, ValueError):
-        return False
-    if named and (found["autoencoder"], found["image_size"]) != (wanted["autoencoder"], wanted["image_size"]):
-        raise UserError(
-            f"--latent_cache {place} was encoded with autoencoder {found['autoencoder']} at {found['image_size']} px;"
-            f" this run's is {wanted['autoencoder']} at {wanted['image_size']} px:"
-            " give the --vae_path and --image_size it was made with, or another folder"
-        )
-    return found == wanted and (place / "moments.npy").is_file()
-
-
-def encode_folder(images: ImageDataset, vae, place: Path, index: dict, say) -> None:
-    """Collective: call on every process. Encode every image once; each process writes its share of one array."""
-    shape = (len(images), 2 * vae.latent_channels, *vae.latent_shape(images.resolution)[1:])
-    say(f"encoding {shape[0]} images once into {place}")
-    partial = place / "moments.partial.npy"
-    dist_util.rank0_first(lambda: _create_array(partial, shape))
-    moments = np.lib.format.open_memmap(partial, mode="r+")
-    mine = list(range(dist_util.rank(), len(images), dist_util.world_size()))
-    bad = []
-    bar = tqdm(range(0, len(mine), ENCODE_BATCH), "encoding", disable=dist_util.rank() > 0, leave=False, delay=2)
-    for first in bar:
-        batch, kept = [], []
-        for i in mine[first : first + ENCODE_BATCH]:
-            try:
-                batch.append(images[i][0])
-                kept.append(i)
-            except UserError as error:
-                bad.append(str(error))
-        if batch:
-            moments[kept] = vae.encode_moments(th.from_numpy(np.stack(batch)).to(dist_util.dev())).cpu().numpy()
-    moments.flush()
-    refuse(sorted(sum(dist_util.gather_objects(bad), [])), len(images))
-    dist_util.rank0_first(lambda: _commit(partial, place, index))
-
-
-def _create_array(path: Path, shape) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "index.json").unlink(missing_ok=True)
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk must fail here: later it would be a bus error in the mapping
-            with open(path, "r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        why = error.strerror or error
-        raise UserError(f"cannot write the latents to {path.parent} ({why}): give --latent_cache DIR") from error
-
-
-def _commit(partial: Path, place: Path, index: dict) -> None:
-    os.replace(partial, place / "moments.npy")
-    with atomic_write(place / "index.json") as handle:
-        handle.write(json.dumps(index).encode())
 
 
 # ---- extracted latents -----------------------------------------------------------------------------------------------

@@ -1,26 +1,20 @@
-"""From a folder of images to a report: extract latents, train, sample, judge; each by its own script.
+"""From a folder of images to a report: what the stages of `run_pipeline.py` read and make, and what cannot be."""
 
-A stage that is done leaves `STAGE.done` with the command that did it and what went in. Run again, the pipeline skips
-what is done and goes on where it was interrupted; a stage whose command or input has changed is done again. A file lock
-that the running script inherits keeps two pipelines out of one folder, also after the first was killed.
-"""
-
-import contextlib
+import hashlib
 import json
 import os
-import re
-import shutil
-import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from . import checkpoint
-from .config import Run, UserError
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from .config import Run, UserError, read_yaml, typed
+from .data.image_folder import list_files
+from .data.latent_shards import LatentShards, find_shards
+from .dist_util import detect_launch
+from .run_record import MAY_DIFFER, RECORD
+from .train_config import ema_rates
+from .vae_wrapper import PIXEL, STATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +23,7 @@ class PipelineConfig:
 
     out_dir: str = "runs/pipeline"  # where everything goes: latents/, train/, samples/, report/
     heldout_dir: str = ""  # real images of other sessions, to judge by; empty: --val_dir
-    processes: int = 1  # how many share training and sampling; a step has --batch_size images of each
+    processes: int = 1  # how many share extraction, training and sampling; a step has --batch_size images of each
     num_samples_per_user: int = 8  # images to make of every user; without users, in all
     sample_batch_size: int = 32  # images at a time on each process, when sampling
     keep_best: bool = True  # sample from the average with the lowest validation loss; False: from the last one
@@ -40,132 +34,106 @@ class PipelineConfig:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One script's turn.
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def flags(run: Run, *sections) -> dict:
+    """What was given (by flag or recipe) of these sections' settings."""
+    names = dict.fromkeys(field.name for section in sections for field in fields(section))
+    return {name: getattr(run, name) for name in names if name in run.given}
+
+
+def latents_of(run: Run) -> tuple[Path, Path | str]:
+    """Where the latents of the training images and of the held-out ones lie, the latter empty if there are none."""
+    place = Path(run.out_dir, "latents")
+    return (place / "train", place / "val") if run.val_dir else (place, "")
+
+
+def average(run: Run) -> Path:
+    """The moving average to sample from, or what it will be called."""
+    name, folder = f"ema_{ema_rates(run.ema_rate)[0]}_", Path(run.out_dir, "train")
+    best, saved = folder / f"{name}best.pt", [path for path in folder.glob(f"{name}*.pt") if path.stem[-1].isdigit()]
+    if run.keep_best and run.val_dir and (best.is_file() or not saved):
+        return best
+    return max(saved, key=lambda path: (len(path.name), path.name), default=folder / f"{name}NUMBER.pt")
+
+
+def samples_file(run: Run) -> Path:
+    """The file of samples, or what it will be called."""
+    record = Path(run.out_dir, "train", "run.yaml")
+    users = len(read_yaml(record)[RECORD]["class_names"]) if record.is_file() else None
+    count = run.num_samples_per_user * (users or 0) or "NUMBER" if run.class_cond else run.num_samples_per_user
+    return Path(run.out_dir, "samples", f"samples_{count}x{run.image_size}x{run.image_size}x3.npz")
+
+
+def digest(place, *, times: bool = True) -> str:
+    """Of what a stage reads: a file's bytes; of latents their statistics, labels and classes, which stay if the same
+    images are extracted again; of images their names, sizes and, if asked, times. Empty if it is not there."""
+    if not place or not Path(place).is_dir():
+        return checkpoint.digest(place) if Path(place).is_file() else ""
+    place = Path(place)
+    if (place / STATS).is_file():
+        shards = LatentShards(find_shards(place))
+        value = [checkpoint.digest(place / STATS), shards.class_names, [int(label) for label in shards.labels]]
+    else:
+        files = [(str(path.relative_to(place)), path.stat()) for path in list_files(place)]
+        value = [[name, stat.st_size, stat.st_mtime_ns if times else 0] for name, stat in files]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def estimate(command: list[str], run: Run) -> None:
+    """Print what training will need, before there are data."""
+    command = [*command, "--dry_run", "True"]
+    if run.latent_norm:  # by statistics that are not there yet, and do not matter here
+        command += ["--latent_norm", "False", "--scale_factor", "1"]
+    code = subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": str(run.processes)}).returncode
+    if code:
+        raise SystemExit(code)
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def refuse_unfit(run: Run) -> None:
+    """Raise for flags that would only be noticed when much of the work is done.
+
+    Raises:
+        UserError: names the flag.
+    """
+    out = Path(run.out_dir).resolve()
+    if detect_launch().launcher != "alone":
+        raise UserError("--processes says how many processes share the work: start run_pipeline.py with plain python")
+    for name in ("data_dir", "val_dir", "heldout_dir"):
+        place = getattr(run, name)
+        if place and out.is_relative_to(Path(place).resolve()):
+            raise UserError(f"--out_dir {run.out_dir} lies in --{name} {place}, whose images it would become: move it")
+    if not run.data_dir:
+        raise UserError("--data_dir is empty; give a folder of images, with a subfolder for each user")
+    if run.resume_checkpoint not in ("", "auto"):
+        raise UserError(f"--resume_checkpoint {run.resume_checkpoint}: the pipeline finds its own; leave it out")
+    if not (run.max_steps or run.lr_anneal_steps or run.max_epochs):
+        raise UserError("training has no end: give --max_steps, --lr_anneal_steps or --max_epochs")
+    if run.cfg_scale != 1 and not run.class_cond:
+        raise UserError(f"--cfg_scale {run.cfg_scale} needs users to guide to: give --class_cond True, or leave it out")
+
+
+def refuse_other_training(run: Run, sections) -> None:
+    """Raise if the checkpoints in the folder are of a training with other settings.
 
     Args:
-        command: builds its words, once the stages before it are done.
-        source: a file that the stage depends on beside its command; the stage is done again when it changes.
-    """
-
-    name: str
-    command: Callable[[], list[str]]
-    source: Callable[[], Path | None] = lambda: None
-
-
-def flags(run: Run, *sections) -> list[str]:
-    """What was given (by flag or recipe) of these sections' settings, as words of a command."""
-    names = [field.name for section in sections for field in fields(section) if field.name in run.given]
-    return [word for name in dict.fromkeys(names) for word in (f"--{name}", _text(getattr(run, name)))]
-
-
-def _text(value) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-def python(script: str, *words, processes: int = 1) -> list[str]:
-    """The command that runs a script, on several processes if asked."""
-    base = [sys.executable, str(SCRIPTS / script)]
-    if processes > 1 and shutil.which("mpiexec"):
-        base = ["mpiexec", "-n", str(processes), *base]
-    elif processes > 1:
-        base = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", base[1]]
-    return [*base, *map(str, words)]
-
-
-def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
-    """Run what is not done, in order.
-
+        sections: what makes a training what it is.
     Raises:
-        UserError: another pipeline works in this folder.
-        SystemExit: with a script's exit code, if it failed or was stopped.
+        UserError: names the flag, both values and the remedy.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder) as lock:
-        for stage in stages:
-            command = stage.command()
-            done, wanted = folder / f"{stage.name}.done", _record(stage, command)
-            if _read(done) == wanted:
-                say(f"{stage.name}: done before")
-                continue
-            done.unlink(missing_ok=True)
-            say(f"{stage.name}: {shown(command)}")
-            code, stopped = _run(command, lock)
-            if code or stopped:
-                how = "stopped" if stopped else f"ended with code {code}"
-                say(f"{stage.name}: {how}; the same command goes on from here")
-                raise SystemExit(code or 75)
-            with checkpoint.atomic_write(done) as handle:
-                handle.write(json.dumps(_record(stage, command)).encode())
-
-
-def shown(command: list[str]) -> str:
-    """The command as one would type it."""
-    short = [os.path.relpath(word) if word.startswith(str(SCRIPTS)) else word for word in command]
-    return " ".join("python" if word == sys.executable else word for word in short)
-
-
-def _record(stage, command):
-    source = stage.source()
-    return {"command": command, "source": checkpoint.digest(source) if source and source.is_file() else None}
-
-
-def _read(path: Path):
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return None
-
-
-@contextlib.contextmanager
-def _lock(folder: Path):
-    """A lock on the folder, as a file descriptor that scripts inherit; without one where the system has none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield None
+    folder = Path(run.out_dir, "train")
+    if not (any(folder.glob("model*.pt")) and (folder / "run.yaml").is_file()):
         return
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    trained, names = read_yaml(folder / "run.yaml"), [field.name for section in sections for field in fields(section)]
+    for name in (name for name in ("seed", *names) if name in trained and name != "allow_download"):
+        wanted = getattr(run, name)
+        before = typed(name, trained[name], wanted, "run.yaml")
+        if before != wanted and (name not in MAY_DIFFER or PIXEL in (before, wanted)):
             raise UserError(
-                f"--out_dir {folder}: another pipeline, or a script it started, still works there: wait or end it"
-            ) from error
-        yield handle.fileno()
-
-
-def _run(command: list[str], lock: int | None) -> tuple[int, bool]:
-    """Run to the end; hand a request to stop on to the script, once. Returns its code, and whether it was asked."""
-    child = subprocess.Popen(command, start_new_session=True, pass_fds=() if lock is None else (lock,))
-    asked = []
-
-    def ask(number, frame):
-        if not asked:
-            os.killpg(child.pid, signal.SIGTERM)
-        asked.append(number)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return child.wait(), bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def trained_average(folder: Path, *, best: bool) -> Path:
-    """The moving average to sample from: the best by validation loss, or the last.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = sorted(folder.glob("ema_*_best.pt")) if best else []
-    found = found or sorted(folder.glob("ema_*.pt"), key=_step)
-    if not found:
-        raise UserError(f"{folder} holds no ema_*.pt: training has not saved yet")
-    return found[-1]
-
-
-def _step(path: Path) -> int:
-    found = re.fullmatch(r"ema_.*_(\d+)\.pt", path.name)
-    return int(found.group(1)) if found else -1
+                f"--{name} is {wanted!r}, but {folder} holds a training with {before!r}:"
+                " give that, or another --out_dir for a new one"
+            )

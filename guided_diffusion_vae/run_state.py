@@ -3,9 +3,14 @@
 `model000010.pt`, `ema_0.9999_000010.pt` and `opt000010.pt` are upstream's. `state000010.pt` is written last and is the
 commit mark: it lists the others with length and SHA-256, and holds what the continuation needs beside them (step,
 random states of every process, loss scale, sampler). A checkpoint without its state was cut off, or is upstream's.
+
+A run with `--sharding fsdp2` has a folder `shards000010/` in the place of the optimizer's file; its files are listed,
+too. A folder without a state tells that its checkpoint was cut off.
 """
 
+import contextlib
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from . import checkpoint
 from .config import UserError
 
 FORMAT = 1
+NUMBERED = re.compile(r"model(\d+)\.[^/]*$")  # a checkpoint of a run, at a step
 
 
 def write_checkpoint(folder: Path, number: int, files: dict[str, object], state: dict) -> None:
@@ -29,11 +35,45 @@ def write_checkpoint(folder: Path, number: int, files: dict[str, object], state:
             checkpoint.save(obj, folder / name)
             written.append(name)
     except OSError:
-        for name in written:
-            (folder / name).unlink(missing_ok=True)
+        remove(folder, written)
         raise
-    listed = {name: [(folder / name).stat().st_size, checkpoint.digest(folder / name)] for name in files}
-    checkpoint.save({"format": FORMAT, "files": listed, **state}, folder / f"state{number:06d}.pt")
+    commit(folder, number, describe(folder, files), state)
+
+
+def describe(folder: Path, names) -> dict[str, list]:
+    """Length and SHA-256 of files, by name (relative to the folder)."""
+    return {name: [(folder / name).stat().st_size, checkpoint.digest(folder / name)] for name in names}
+
+
+def commit(folder: Path, number: int, described: dict[str, list], state: dict) -> None:
+    """Write the state that makes described files a checkpoint."""
+    checkpoint.save({"format": FORMAT, "files": described, **state}, folder / f"state{number:06d}.pt")
+
+
+def remove(folder: Path, names) -> None:
+    """Delete files, and the folders inside `folder` that this empties."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    for parent in {(folder / name).parent for name in names} - {folder}:
+        with contextlib.suppress(OSError):  # gone already, or somebody else's file is in it
+            parent.rmdir()
+
+
+def shards_folder(folder: Path, number: int) -> Path:
+    """Where the shards of a checkpoint lie."""
+    return folder / f"shards{number:06d}"
+
+
+def clear_shards(folder: Path, number: int) -> None:
+    """Make room for a sharded checkpoint: what bore its number before is one no longer."""
+    (folder / f"state{number:06d}.pt").unlink(missing_ok=True)
+    shutil.rmtree(shards_folder(folder, number), ignore_errors=True)
+
+
+def _cut_off(folder: Path) -> set[int]:
+    """The numbers of sharded checkpoints that nobody committed."""
+    numbers = {_number(path.with_suffix(".pt"), "shards") for path in folder.glob("shards*")} - {None}
+    return {number for number in numbers if not (folder / f"state{number:06d}.pt").is_file()}
 
 
 def read_state(model_path) -> dict:
@@ -51,10 +91,24 @@ def read_state(model_path) -> dict:
     if state["format"] > FORMAT:
         raise UserError(f"{state_path} was written by a newer version of this program; update it")
     for name, (size, sha256) in state["files"].items():
-        file = path.with_name(name)
+        file = path.parent / name
         if not file.is_file() or file.stat().st_size != size or checkpoint.digest(file) != sha256:
             raise UserError(f"{file} is missing or damaged; choose an earlier checkpoint, or --resume_checkpoint auto")
     return state
+
+
+def parse_resume_step_from_filename(filename) -> int:
+    """The step in a name such as `dir/model000010.pt`: 10; 0 for any other name."""
+    found = NUMBERED.search(str(filename))
+    return int(found.group(1)) if found else 0
+
+
+def find_ema_checkpoint(main_checkpoint, step, rate):
+    """The average that was saved with a checkpoint, or None."""
+    if not main_checkpoint:
+        return None
+    path = Path(main_checkpoint).with_name(f"ema_{rate}_{step:06d}.pt")
+    return str(path) if path.is_file() else None
 
 
 def refuse_used_folder(folder) -> None:
@@ -77,6 +131,8 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
     for leftover in folder.glob(".*.tmp-*"):
         notes.append(f"removed the incomplete file {leftover.name}")
         leftover.unlink(missing_ok=True)
+    cut_off = _cut_off(folder)
+    notes += [f"passed over checkpoint {number}: it was cut off before it was complete" for number in sorted(cut_off)]
     numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None}, reverse=True)
     for number in numbers:
         model = folder / f"model{number:06d}.pt"
@@ -85,7 +141,7 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
             return str(model), notes
         except UserError as error:
             notes.append(f"passed over checkpoint {number}: {error}")
-    bare = sorted({_number(path, "model") for path in folder.glob("model*.pt")} - {None} - set(numbers))
+    bare = sorted({_number(path, "model") for path in folder.glob("model*.pt")} - {None} - cut_off - set(numbers))
     if bare and not numbers:
         notes.append(f"model{bare[-1]:06d}.pt has no run state beside it: continuing as upstream does")
         return str(folder / f"model{bare[-1]:06d}.pt"), notes
@@ -93,14 +149,15 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, the state first."""
+    """Delete all but the newest `keep` complete checkpoints, the state first; and the shards of those cut off."""
     numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None})
     for number in numbers[:-keep]:
         path = folder / f"state{number:06d}.pt"
         names = checkpoint.load(path)["files"]
         path.unlink()
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+        remove(folder, names)
+    for number in _cut_off(folder):
+        shutil.rmtree(shards_folder(folder, number), ignore_errors=True)
 
 
 def get_random_state() -> dict:

@@ -21,7 +21,7 @@ from . import dist_util
 from .checkpoint import atomic_write
 from .config import UserError
 from .data.image_folder import class_number
-from .image_datasets import mix
+from .data.stream import mix
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
 

@@ -7,106 +7,40 @@ share it. Either way a run that was killed goes on from its last checkpoint with
 """
 
 import contextlib
-import functools
 import math
-import re
-import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch as th
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from tqdm import tqdm
 
 from . import dist_util, logger
 from .config import UserError
+from .data.stream import mix, slot_randn
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import mix, slot_randn
 from .nn import update_ema
 from .resample import LossAwareSampler, create_named_schedule_sampler
-from .run_state import get_random_state, newest_checkpoint, prune, read_state, set_random_state, write_checkpoint
+from .run_state import (
+    NUMBERED,
+    get_random_state,
+    newest_checkpoint,
+    parse_resume_step_from_filename,
+    prune,
+    read_state,
+    set_random_state,
+)
+from .run_state import find_ema_checkpoint as find_ema_checkpoint
+from .sharding import Kept, create_sharding
+from .stop_signals import StopSignals
+from .train_config import TrainConfig as TrainConfig
+from .train_config import betas_of, ema_rates
 from .validation import Validation
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-NUMBERED = re.compile(r"model(\d+)\.[^/]*$")  # a checkpoint of a run, at a step
 NOISE, DROP = 2, 4  # the use numbers of training noise and of label dropout, see image_datasets.slot_randn
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Training: upstream's flags, then ours."""
-
-    schedule_sampler: str = "uniform"  # which t to train on: uniform or loss-second-moment
-    lr: float = 1e-4  # learning rate of AdamW
-    weight_decay: float = 0.0  # of AdamW
-    lr_anneal_steps: int = 0  # let the learning rate fall linearly to 0 over so many steps, then stop; 0 = constant
-    batch_size: int = 1  # images per step and process
-    microbatch: int = -1  # images per forward pass; -1 = the whole batch
-    ema_rate: str = "0.9999"  # rates of the moving averages, with commas
-    log_interval: int = 10  # steps between rows of the log
-    save_interval: int = 10000  # steps between checkpoints
-    resume_checkpoint: str = ""  # a model*.pt to continue from; auto = the newest complete one in the log folder
-    fp16_scale_growth: float = 1e-3  # growth of the loss scale's exponent a step
-    max_steps: int = 0  # stop after so many steps; 0 = when lr_anneal_steps or max_epochs says so, or never
-    max_epochs: int = 0  # stop after so many passes over the data; 0 = no limit
-    sample_interval: int = 0  # steps between sample grids; 0 = none
-    keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
-    max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
-    seed: int = 0  # order of the data, times and noise follow it
-    amp: str = "none"  # none, or bf16: the network runs in bfloat16, weights and losses stay float32
-    grad_clip: float = 0.0  # largest norm of the gradient; 0 = no limit
-    adam_betas: str = "0.9,0.999"  # of AdamW; LightningDiT: 0.9,0.95
-    warmup_steps: int = 0  # updates over which the learning rate rises to lr
-    ema_warmup: bool = False  # moving averages begin at a low rate, so that a short run forgets its initial weights
-    val_dir: str = ""  # held-out data for a validation loss; the average with the lowest is kept as ema_RATE_best.pt
-    val_interval: int = 0  # steps between validations; 0 = save_interval
-
-    def __post_init__(self):
-        for name in ("batch_size", "log_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        steps = "lr_anneal_steps", "warmup_steps", "max_steps", "max_epochs", "sample_interval", "val_interval"
-        for name in (*steps, "keep_checkpoints", "max_hours", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.lr <= 0:
-            raise UserError(f"--lr is {self.lr}; it must be above 0")
-        if self.amp not in ("none", "bf16"):
-            why = "; --use_fp16 True is the half precision with loss scaling" if self.amp == "fp16" else ""
-            raise UserError(f"--amp is {self.amp!r}; choose none or bf16{why}")
-        ema_rates(self.ema_rate)
-        betas_of(self.adam_betas)
-
-
-def ema_rates(text) -> list[float]:
-    """`0.99,0.9999` (or a number) as a list of rates.
-
-    Raises:
-        UserError: a rate is no number between 0 and 1.
-    """
-    try:
-        rates = [float(word) for word in str(text).split(",")]
-    except ValueError as error:
-        raise UserError(f"--ema_rate is {text!r}; it must be numbers such as 0.99,0.9999") from error
-    if not all(0 <= rate <= 1 for rate in rates):
-        raise UserError(f"--ema_rate is {text!r}; a rate lies between 0 and 1")
-    return rates
-
-
-def betas_of(text: str) -> tuple[float, float]:
-    """`0.9,0.999` as two numbers.
-
-    Raises:
-        UserError: it is not two numbers from 0 to below 1.
-    """
-    words = text.split(",")
-    if len(words) != 2 or not all(re.fullmatch(r"\s*0?\.?\d+\s*", word) and float(word) < 1 for word in words):
-        raise UserError(f"--adam_betas is {text!r}; give two numbers below 1, such as 0.9,0.999")
-    return float(words[0]), float(words[1])
 
 
 class TrainLoop:
@@ -123,6 +57,7 @@ class TrainLoop:
         max_steps: stop after so many steps in all; sample_fn(step): called every `sample_interval` steps on every
             process, with the first moving average in the model.
         heldout: what the validation loss is measured on, see `validation`; None is no validation.
+        sharding: none or fsdp2, see `sharding`.
     Raises:
         UserError: settings that contradict each other or the checkpoint.
     """
@@ -161,13 +96,17 @@ class TrainLoop:
         heldout=None,
         val_dir="",
         val_interval=0,
+        sharding="none",
     ):
         assert heldout is not None or not val_dir, "whoever gives val_dir opens it and gives heldout"
         if use_fp16 and amp != "none":
             raise UserError(f"--amp {amp} and --use_fp16 True are two ways to the same end: choose one")
+        if use_fp16 and sharding != "none":
+            raise UserError(
+                f"--use_fp16 True keeps whole copies of the weights: --sharding {sharding} takes --amp bf16"
+            )
         self.model, self.diffusion, self.data = model, diffusion, data
-        self.batch_size = batch_size
-        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
         self.weight_decay, self.betas, self.amp = weight_decay, betas_of(adam_betas), amp
         self.ema_rate, self.ema_warmup = ema_rates(ema_rate), ema_warmup
@@ -186,34 +125,28 @@ class TrainLoop:
             heldout, interval=val_interval or save_interval, batch_size=self.microbatch, seed=seed or 0
         )
         self.step = self.resume_step = 0
-        self.sync_cuda = th.cuda.is_available()
-        self.save_seconds = 0.0
-        self.saved_average = None  # file of the first moving average that was saved last
+        self.save_seconds, self.saved_average = 0.0, None  # the file of the first moving average that was saved last
         self.unlogged = []  # (times, losses) since the last log row
         self.logged = time.monotonic(), 0  # when, and after how many steps, the last row was written
 
+        self.sharding = create_sharding(sharding)
         self.resume_checkpoint = self._find_resume_checkpoint(resume_checkpoint)
         self._load_and_sync_parameters()
         self.mp_trainer = MixedPrecisionTrainer(
-            model=self.model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip
+            model=self.model,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            grad_clip=grad_clip,
+            norm=self.sharding.norm,
         )
         first_lr = self.learning_rate(self.resume_step) if warmup_steps else lr
         self.opt = AdamW(
             self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, foreach=True
         )
-        self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
-        self._load_optimizer_state()
+        self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
+        self._load_averages_and_optimizer()
         self._load_run_state()
-
-        self.use_ddp = dist_util.world_size() > 1
-        self.ddp_model = self.model
-        if self.use_ddp:
-            self.ddp_model = DistributedDataParallel(
-                self.model,
-                device_ids=[dist_util.dev().index] if self.sync_cuda else None,
-                bucket_cap_mb=128,
-                find_unused_parameters=False,
-            )
+        self.ddp_model = self.sharding.wrap(self.model)
 
     # ---- going on from a checkpoint
 
@@ -236,8 +169,12 @@ class TrainLoop:
         self.state = {}
         if self.resume_checkpoint:
             self.state = dist_util.rank0_first(lambda: read_state(self.resume_checkpoint))
-            self.resume_step = self.state.get("next_step", parse_resume_step_from_filename(self.resume_checkpoint))
+            self.resume_step = self.state.get("next_step", self._named_step())
             logger.log(f"loading model from checkpoint: {self.resume_checkpoint}...")
+        self.goes_on = bool(NUMBERED.search(self.resume_checkpoint))
+        if self.goes_on:
+            self.sharding.refuse_other(self.resume_checkpoint, self.state)
+        if self.resume_checkpoint and not (self.goes_on and self.sharding.loads_weights):
             weights = dist_util.load_state_dict(self.resume_checkpoint, map_location="cpu")
             if not all(th.is_tensor(value) for value in weights.values()):
                 raise UserError(f"--resume_checkpoint {self.resume_checkpoint} holds no weights; give a model*.pt")
@@ -248,38 +185,18 @@ class TrainLoop:
                     f"--resume_checkpoint {self.resume_checkpoint} is a network of another shape:"
                     f" {str(error).splitlines()[1].strip()[:160]}"
                 ) from error
-        self.model.to(dist_util.dev())
-        dist_util.sync_params(self.model.parameters())
-
-    def _companion(self, name: str) -> str | None:
-        """A file beside the checkpoint, if there is one. Collective."""
-        if not NUMBERED.search(self.resume_checkpoint):
-            return None
-        path = Path(self.resume_checkpoint).with_name(name)
-        return str(path) if dist_util.rank0_first(path.is_file) else None
+        self.sharding.place(self.model)
 
     def _named_step(self) -> int:
         return parse_resume_step_from_filename(self.resume_checkpoint)
 
-    def _load_ema_parameters(self, rate):
-        path = self.resume_checkpoint and self._companion(f"ema_{rate}_{self._named_step():06d}.pt")
-        if not path:
-            return [param.detach().clone() for param in self.mp_trainer.master_params]
-        logger.log(f"loading EMA from checkpoint: {path}...")
-        state_dict = dist_util.load_state_dict(path, map_location=dist_util.dev())
-        return [param.detach().clone() for param in self.mp_trainer.state_dict_to_master_params(state_dict)]
-
-    def _load_optimizer_state(self):
-        path = self.resume_checkpoint and self._companion(f"opt{self._named_step():06d}.pt")
-        if not path:
-            if self.resume_checkpoint:
-                logger.warn("no optimizer state beside the checkpoint: the optimizer starts fresh")
+    def _load_averages_and_optimizer(self):
+        if not self.resume_checkpoint:
             return
-        logger.log(f"loading optimizer state from checkpoint: {path}")
-        try:
-            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
-        except ValueError as error:
-            raise UserError(f"{path} does not fit ({error}); was it saved with another --use_fp16?") from error
+        kept, number = self._kept(), self._named_step()
+        if not self.goes_on or not self.sharding.load(self.resume_checkpoint, number, kept, self.state):
+            logger.warn("no optimizer state beside the checkpoint: the optimizer starts fresh")
+            return
         flags = {"lr": self.learning_rate(self.resume_step), "weight_decay": self.weight_decay, "betas": self.betas}
         for group in self.opt.param_groups:  # the flags hold; upstream lets the file win without a word
             for name, flag in flags.items():
@@ -287,6 +204,9 @@ class TrainLoop:
                     logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
             group["foreach"] = True
+
+    def _kept(self) -> Kept:
+        return Kept(self.mp_trainer, list(zip(self.ema_rate, self.ema_params, strict=True)), self.opt)
 
     def _load_run_state(self):
         if not self.state:
@@ -408,7 +328,7 @@ class TrainLoop:
             else:
                 (t, weights), noise = self.schedule_sampler.sample(micro.shape[0], dist_util.dev()), None
             last = i + self.microbatch >= batch.shape[0]
-            with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+            with self.sharding.accumulating(self.ddp_model, last):
                 losses = self.diffusion.training_losses(model, micro, t, model_kwargs=micro_cond, noise=noise)
                 if isinstance(self.schedule_sampler, LossAwareSampler):
                     self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
@@ -476,7 +396,8 @@ class TrainLoop:
         number = self.validation.due(step, self.last_step)
         if number is not None:
             with self._average_in_place() as averaged:
-                self.validation.judge(self.model, self.diffusion, averaged, number, self.best_average())
+                weights = self.sharding.gather(averaged)
+                self.validation.judge(self.model, self.diffusion, weights, number, self.best_average())
 
     def best_average(self) -> Path:
         """The file of the first moving average with the lowest validation loss."""
@@ -487,7 +408,7 @@ class TrainLoop:
         """The model with its first moving average, in eval mode, for as long as the block lasts; draws leave no trace.
 
         Yields:
-            its state_dict.
+            its state_dict, sharded as the model is.
         """
         self.model.eval()
         kept = [param.detach().clone() for param in self.model.parameters()]
@@ -495,7 +416,8 @@ class TrainLoop:
         averaged = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
         try:
             self.model.load_state_dict(averaged)
-            yield averaged
+            with self.sharding.evaluating(self.model):
+                yield averaged
         finally:
             with th.no_grad():
                 for param, value in zip(self.model.parameters(), kept, strict=True):
@@ -511,10 +433,7 @@ class TrainLoop:
         Raises:
             SaveError: the disk is full; earlier checkpoints are intact.
         """
-        begin = time.monotonic()
-        done = self.step + self.resume_step
-        files = {"model": self.mp_trainer.master_params}
-        files |= {f"ema_{rate}_": params for rate, params in zip(self.ema_rate, self.ema_params, strict=True)}
+        begin, done = time.monotonic(), self.step + self.resume_step
         state = {
             "next_step": done,
             "seed": self.seed,
@@ -526,56 +445,19 @@ class TrainLoop:
         if hasattr(self.schedule_sampler, "state_dict"):
             state["schedule_sampler"] = self.schedule_sampler.state_dict()
         number = done - 1 if name_step is None else name_step
-
-        def write():
-            for prefix in files:
-                logger.log(f"saving model {prefix.removeprefix('ema_').rstrip('_') if prefix != 'model' else 0}...")
-            weights = {
-                f"{prefix}{number:06d}.pt": self.mp_trainer.master_params_to_state_dict(params)
-                for prefix, params in files.items()
-            }
-            opt = {f"opt{number:06d}.pt": self.opt.state_dict()}
-            write_checkpoint(Path(get_blob_logdir()), number, {**weights, **opt}, state)
-            if self.keep_checkpoints:
-                prune(Path(get_blob_logdir()), self.keep_checkpoints)
-
-        dist_util.rank0_first(write)
-        self.saved_average = Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_{number:06d}.pt")
+        folder = Path(get_blob_logdir())
+        for what in (0, *self.ema_rate) if dist_util.rank() == 0 else ():
+            logger.log(f"saving model {what}...")
+        self.sharding.save(folder, number, self._kept(), state)
+        if self.keep_checkpoints:
+            dist_util.rank0_first(lambda: prune(folder, self.keep_checkpoints))
+        self.saved_average = folder / f"ema_{self.ema_rate[0]}_{number:06d}.pt"
         self.save_seconds = time.monotonic() - begin
 
     def newest_average(self) -> Path:
         """The file of the first moving average that was saved last."""
         resumed = Path(self.resume_checkpoint)
         return self.saved_average or resumed.with_name(f"ema_{self.ema_rate[0]}_{self._named_step():06d}.pt")
-
-
-class StopSignals:
-    """Notes a request to stop (SIGTERM, SIGINT, SIGUSR1, SIGUSR2); a second one leaves at once."""
-
-    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-
-    def __enter__(self):
-        self.signal_name, self.previous = "", {}
-        for name in self.NAMES:
-            with contextlib.suppress(ValueError, AttributeError):  # not in the main thread; not on this system
-                self.previous[name] = signal.signal(getattr(signal, name), functools.partial(self._note, name))
-        return self
-
-    def _note(self, name, number, frame):
-        if self.signal_name:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal_name = name
-
-    def __exit__(self, *error):
-        for name, handler in self.previous.items():
-            signal.signal(getattr(signal, name), handler)
-
-
-def parse_resume_step_from_filename(filename) -> int:
-    """The step in a name such as `dir/model000010.pt`: 10; 0 for any other name."""
-    found = NUMBERED.search(str(filename))
-    return int(found.group(1)) if found else 0
 
 
 def get_blob_logdir():
@@ -586,14 +468,6 @@ def get_blob_logdir():
 def find_resume_checkpoint():
     """A checkpoint that the infrastructure wants resumed (forks override this)."""
     return None
-
-
-def find_ema_checkpoint(main_checkpoint, step, rate):
-    """The average that was saved with a checkpoint, or None."""
-    if not main_checkpoint:
-        return None
-    path = Path(main_checkpoint).with_name(f"ema_{rate}_{step:06d}.pt")
-    return str(path) if path.is_file() else None
 
 
 def log_loss_dict(diffusion, ts, losses):

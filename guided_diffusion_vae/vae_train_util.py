@@ -20,8 +20,8 @@ from . import checkpoint, dist_util, logger
 from .autoencoders.kl import KLAutoencoder
 from .autoencoders.objectives import check_finite
 from .config import UserError
+from .data.stream import BatchStream, mix, slot_randn
 from .fp16_util import TrainingDiverged
-from .image_datasets import BatchStream, mix, slot_randn
 from .nn import update_ema
 from .sample_util import save_grid, to_pixels
 from .train_util import StopSignals, betas_of

@@ -15,8 +15,8 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, dist_util, logger
+from .data.stream import mix
 from .flow_matching import FlowMatching
-from .image_datasets import mix
 
 VALIDATION = 5  # the use number of these draws, see image_datasets.slot_randn
 

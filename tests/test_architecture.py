@@ -7,7 +7,7 @@ import guided_diffusion_vae
 
 PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
-    {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record"},
+    {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"},
     {"nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching", "guidance"},
     {"fp16_util", "unet", "dit", "model_flags"},
     {
@@ -17,10 +17,14 @@ FLOORS = [
     },
     {
         *("data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"),
-        *("data.plain_datasets", "data.vae_data", "data.latent_shards", "data.latent_extract"),
+        *("data.plain_datasets", "data.vae_data", "data.stream"),
+        *("data.latent_cache", "data.latent_shards", "data.latent_extract"),
     },
-    {"train_util", "validation", "sample_util", "estimate", "vae_tasks", "vae_train_util", "vae_infer_util"},
-    {"script_util", "assembly", "pipeline"},
+    {
+        *("train_util", "train_config", "sharding", "validation", "sample_util", "estimate"),
+        *("vae_tasks", "vae_train_util", "vae_infer_util"),
+    },
+    {"script_util", "assembly", "pipeline", "stages"},
 ]
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 MATHS = FLOORS[1]

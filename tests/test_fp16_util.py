@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion_vae import fp16_util, logger
+from guided_diffusion_vae.dit import LightningDiT
 from guided_diffusion_vae.fp16_util import MixedPrecisionTrainer, TrainingDiverged
 from guided_diffusion_vae.unet import UNetModel
 
@@ -340,3 +341,27 @@ def test_a_unet_trains_in_half_precision_as_in_single():
         state = trainer.master_params_to_state_dict(trainer.master_params)
         moved.append(th.cat([state[name].detach().flatten() for name, _ in model.named_parameters()]) - start)
     assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
+
+
+def test_a_transformer_trains_in_half_precision_and_keeps_its_positions():
+    """Three steps of fp16 and of fp32 agree to half precision; weight decay leaves what is not trained alone."""
+    batch = th.randn(4, 4, 8, 8, generator=th.Generator().manual_seed(0))
+    trained = []
+    for half in (False, True):
+        th.manual_seed(1)
+        model = LightningDiT(8, 2, 4, 64, 2, 4, num_classes=3, class_dropout_prob=0, use_rmsnorm=True, use_rope=True)
+        fixed = model.pos_embed.clone()
+        trainer = fp16_util.MixedPrecisionTrainer(model=model, use_fp16=half, initial_lg_loss_scale=10)
+        opt = th.optim.AdamW(trainer.master_params, lr=1e-3, weight_decay=0.5, eps=1e-4)
+        for _ in range(3):
+            trainer.zero_grad()
+            out = model(batch, th.full((4,), 0.5), th.tensor([0, 1, 2, 0]))
+            trainer.backward(((out - batch) ** 2).mean())
+            assert trainer.optimize(opt)
+        assert model.blocks[0].attn.qkv.weight.dtype == (th.float16 if half else th.float32)
+        assert th.equal(model.pos_embed, fixed)
+        state = trainer.master_params_to_state_dict(trainer.master_params)
+        assert th.equal(state["pos_embed"], fixed) and state["blocks.0.attn.qkv.weight"].dtype == th.float32
+        trained.append(state)
+    for key, value in trained[0].items():
+        assert (value - trained[1][key]).abs().max() < 3e-4, key

@@ -25,6 +25,7 @@ from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data import latent_extract, latent_shards
 from guided_diffusion_vae.data.latent_extract import ExtractConfig, extract_latents
 from guided_diffusion_vae.data.latent_shards import LatentShards, find_shards
+from guided_diffusion_vae.data.stream import mix
 from guided_diffusion_vae.vae_wrapper import VAEConfig, VAEInterface, load_vae
 
 NAMES = ("user_03", "user_07", "user_11")
@@ -141,7 +142,7 @@ def test_a_row_is_the_posterior_with_the_noise_of_its_number(images, vae, tmp_pa
     dataset = data.ImageDataset(32, folder.paths, random_flip=False)
     x = th.from_numpy(np.stack([dataset[i][0] for i in range(15)]))
     for name, batch, extra in ("latents", x, ()), ("latents_flip", x.flip(3), (1,)):
-        noise = [th.randn(4, 8, 8, generator=th.Generator().manual_seed(data.mix(5, i, *extra))) for i in range(15)]
+        noise = [th.randn(4, 8, 8, generator=th.Generator().manual_seed(mix(5, i, *extra))) for i in range(15)]
         scale = vae.latent_scale
         mean, std = vae.encode_moments(batch).chunk(2, dim=1)
         wanted = scale.to_raw(mean) + std / scale.scale * th.stack(noise)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.plain_datasets import read_idx, seeded_split
+from guided_diffusion_vae.data.stream import BatchStream
 from guided_diffusion_vae.data.vae_data import DATASETS
-from guided_diffusion_vae.image_datasets import BatchStream
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -11,7 +11,7 @@ from guided_diffusion_vae.config import read_yaml
 SMALLER = {
     "simulate_microdoppler.py": "--num_users 8 --train_images 6 --val_images 1 --test_images 2",
     "image_train_vae.py": "--max_steps 2 --lr_anneal_steps 0 --num_channels 32 --batch_size 2 --sample_interval 0",
-    "image_sample_vae.py": "--num_samples_per_user 2 --num_steps 2",
+    "image_sample_vae.py": "--num_samples_per_user 3 --num_steps 2",
     "latent_extract.py": "",
     "run_pipeline.py": "--max_steps 2 --lr_anneal_steps 0 --batch_size 2 --num_samples_per_user 2 --num_steps 2",
     "evaluate_samples.py": "--judge_epochs 1",
@@ -34,7 +34,7 @@ def test_the_readme_from_people_to_report(tmp_path):
     done = []
     for ranks, name, flags in commands(text):
         flags = [flag.replace("DATA", f"{tmp_path}/data").replace("runs/", f"{tmp_path}/runs/") for flag in flags]
-        flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_16x", flag)) for flag in flags]
+        flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_24x", flag)) for flag in flags]
         if name == "check_vae.py":
             flags += ["--report_dir", f"{tmp_path}/runs/check_vae"]
         script(name, *flags, *SMALLER[name].split(), ranks=ranks)

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ import pytest
 import torch as th
 import torch.nn as nn
 
-from guided_diffusion_vae import checkpoint, dist_util, logger, run_state, train_util, validation
+from guided_diffusion_vae import checkpoint, dist_util, logger, run_state, stop_signals, train_util, validation
 from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.data.stream import BatchStream, slot_randn
 from guided_diffusion_vae.flow_matching import FlowMatching
-from guided_diffusion_vae.image_datasets import slot_randn
 from guided_diffusion_vae.script_util import create_gaussian_diffusion
+from guided_diffusion_vae.stop_signals import StopSignals
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
 from guided_diffusion_vae.unet import UNetModel
 
@@ -464,3 +467,30 @@ def test_a_best_that_lies_elsewhere_is_not_claimed(folder, scripted):
     with logger.scoped_configure(str(folder / "elsewhere"), format_strs=["log"]):
         loop(**{**VALID, "max_steps": 11}, resume_checkpoint=str(folder / "model000010.pt")).run_loop()
     assert "lowest validation loss 2 at step 11" in log_of(folder / "elsewhere")
+
+
+# ---- requests to stop ------------------------------------------------------------------------------------------------
+
+
+def test_an_echo_of_a_request_is_not_a_second_one(monkeypatch):
+    """A launcher signals the group and each process: the loop still saves. Seconds later it is meant."""
+    now, left = [0.0], []
+    monkeypatch.setattr(stop_signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop_signals.signal, "raise_signal", left.append)
+    with StopSignals() as stop:
+        for now[0] in (10.0, 10.1, 11.9):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_name == "SIGUSR1" and not left
+        now[0] = 13.0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert left == [signal.SIGUSR1]
+
+
+def test_processes_that_read_data_outlive_the_signal(tmp_path):
+    """SIGTERM to the worker alone: the stream goes on."""
+    stream = BatchStream([(np.zeros(1), i) for i in range(8)], 2, num_workers=1, shuffle=False)
+    next(stream)
+    (worker,) = stream._batches._workers
+    os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert [next(stream)[1].tolist() for _ in range(3)] == [[2, 3], [4, 5], [6, 7]] and worker.is_alive()

@@ -8,8 +8,8 @@ import torch as th
 import torch.nn as nn
 
 from guided_diffusion_vae import validation
+from guided_diffusion_vae.data.stream import mix
 from guided_diffusion_vae.flow_matching import FlowMatching
-from guided_diffusion_vae.image_datasets import mix
 from guided_diffusion_vae.script_util import create_gaussian_diffusion
 from guided_diffusion_vae.validation import times_at, validation_loss
 

@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from .. import checkpoint, dist_util
 from ..config import UserError
-from ..image_datasets import PARTS, ImageDataset, cache_index, describe, drop_bad_images, mix, speaking_of
+from ..image_datasets import PARTS, ImageDataset, describe, speaking_of
 from ..vae_wrapper import stats_file
 from .image_folder import ImageFolder, list_images, refuse
+from .latent_cache import cache_index, drop_bad_images
 from .latent_shards import SCRIPT, SHARD_NAME, TYPES, open_shard, read_header, write_safetensors
+from .stream import mix
 
 CHUNK = 1024  # rows at a time where all are read
 MAY_DIFFER = {"device", "scale_factor"}  # metadata that raw latents do not depend on
