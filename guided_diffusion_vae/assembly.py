@@ -10,18 +10,22 @@ from functools import partial
 
 import torch as th
 
-from . import dist_util
+from . import dist_util, samplers
 from .config import Run, UserError
+from .denoiser import denoiser_of
 from .dit import DiTConfig, create_dit
 from .estimate import Estimate, estimate
 from .flow_matching import FlowConfig, FlowMatching
 from .model_flags import load_weights
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
+from .samplers import SPACINGS
 from .script_util import NUM_CLASSES, DiffusionConfig, ModelConfig, create_diffusion_vae, create_model_vae
 from .train_util import ema_rates
 
 PREVIEW_STEPS = 25  # enough to show where training stands
+FEW_STEPS = 20  # what DPM-Solver++ and UniPC need
+DEEP_NOISE = -6.0  # lambda = log(alpha / sigma): linear betas begin at -5, cosine betas and flows far below
 FLOW_STEPS = 250  # points of the grid of times, as published for SiT and LightningDiT
 LABEL_DROPOUT = {"unet": 0.0, "dit": 0.1}  # what was published for each
 SHARED = {"image_size", "class_cond", "use_checkpoint", "use_fp16", "learn_sigma"}  # flags that every network reads
@@ -56,17 +60,29 @@ class SamplerConfig:
 
     clip_denoised: bool = True  # clamp each predicted x_0 to [-1, 1]; by default only in pixels, never on latents
     use_ddim: bool = False  # DDIM steps (deterministic) instead of ancestral ones: --sampler ddim
-    sampler: str = ""  # p_sample or ddim; of a flow euler, heun, dopri5, sde_euler or sde_heun. Empty: the first
-    num_steps: int = 0  # steps; of a flow the points of its grid. 0: all, or what --timestep_respacing says; flow: 250
+    # p_sample, ddim or heun; of a flow euler, heun, dopri5, sde_euler or sde_heun; of both dpmpp_2m, dpmpp_2m_sde or
+    # unipc, which need few steps. Empty: the first
+    sampler: str = ""
+    # steps; of a flow's own samplers the points of their grid. 0: all, or what --timestep_respacing says; a flow's 250;
+    # dpmpp_2m, dpmpp_2m_sde, unipc and a Gaussian heun 20
+    num_steps: int = 0
+    spacing: str = ""  # of the samplers of few steps: karras, uniform or logsnr; empty: by the process
 
     def __post_init__(self):
         if self.sampler and self.sampler not in {**GAUSSIAN_SAMPLERS, **FLOW_SAMPLERS}:
             known = ", ".join((*GAUSSIAN_SAMPLERS, *FLOW_SAMPLERS))
             raise UserError(f"--sampler is {self.sampler!r}; choose one of {known}")
+        if self.spacing and self.spacing not in SPACINGS:
+            raise UserError(f"--spacing is {self.spacing!r}; choose {', '.join(SPACINGS)}")
         if self.num_steps < 0 or self.num_steps == 1:
             raise UserError(f"--num_steps is {self.num_steps}; give 2 or more, or 0 for the default")
         if self.use_ddim and self.sampler not in ("", "ddim"):
             raise UserError(f"--use_ddim True, but --sampler is {self.sampler}: give one of them")
+
+    @property
+    def on_a_subset(self) -> bool:
+        """Whether a Gaussian process is walked on a subset of its times, as upstream does, or in continuous time."""
+        return self.sampler in ("", "p_sample", "ddim")
 
 
 NETWORK_SECTIONS = (ChoiceConfig, ModelConfig, DiTConfig, DiffusionConfig, FlowConfig)
@@ -119,17 +135,19 @@ def load_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Modu
     return model.eval()
 
 
-def create_process(run: Run, vae, *, num_steps: int = 0) -> SpacedDiffusion | FlowMatching:
+def create_process(run: Run, vae, config: SamplerConfig | None = None) -> SpacedDiffusion | FlowMatching:
     """The process that the flags name.
 
     Args:
-        num_steps: walk a Gaussian process in so many steps; 0 is what `timestep_respacing` says.
+        config: how it will be sampled, which says what becomes of a Gaussian process's times; None is training.
     """
     if run.process == "flow":
         return FlowMatching(**settings_of(run, FlowConfig), time_scale=1000.0 if run.network == "unet" else 1.0)
     settings = settings_of(run, DiffusionConfig)
-    if num_steps:
-        settings["timestep_respacing"] = str(num_steps)
+    if config and not config.on_a_subset:
+        settings["timestep_respacing"] = ""
+    elif config and config.num_steps:
+        settings["timestep_respacing"] = str(config.num_steps)
     return create_diffusion_vae(vae, **settings)
 
 
@@ -171,9 +189,27 @@ def _sde(method: str):
     return sample
 
 
+def _few_steps(solver: str):
+    def sample(process, config, model, shape, *, noise=None, noise_like=None, model_kwargs=None, device=None, **how):
+        denoiser = denoiser_of(process, model, clip_denoised=config.clip_denoised, model_kwargs=model_kwargs)
+        x = th.randn(*shape, device=device) if noise is None else noise
+        spacing = config.spacing or _spacing_for(denoiser)
+        steps = config.num_steps or FEW_STEPS
+        return samplers.sample(denoiser, x, steps, solver=solver, spacing=spacing, noise_like=noise_like, **how)
+
+    return sample
+
+
+def _spacing_for(denoiser) -> str:
+    """Even in log-SNR, unless the process begins so deep in noise that most steps would be lost there."""
+    return "logsnr" if denoiser.log_snr(denoiser.interval[0]) > DEEP_NOISE else "uniform"
+
+
+FEW = {name: _few_steps(name) for name in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")}
 GAUSSIAN_SAMPLERS = {"p_sample": _gaussian("p_sample_loop"), "ddim": _gaussian("ddim_sample_loop")}
+GAUSSIAN_SAMPLERS |= {"heun": _few_steps("heun"), **FEW}
 FLOW_SAMPLERS = {"euler": _ode("euler"), "heun": _ode("heun"), "dopri5": _ode("dopri5")}
-FLOW_SAMPLERS |= {"sde_euler": _sde("euler"), "sde_heun": _sde("heun")}
+FLOW_SAMPLERS |= {"sde_euler": _sde("euler"), "sde_heun": _sde("heun"), **FEW}
 
 
 def try_settings(run: Run, vae, *, num_classes: int = 2) -> th.nn.Module:
@@ -208,7 +244,7 @@ def create_preview_sampler(run: Run, vae) -> Callable[..., th.Tensor]:
     """A quick, deterministic sampler of the same process, for pictures during training."""
     steps = PREVIEW_STEPS if run.process == "flow" else min(PREVIEW_STEPS, run.diffusion_steps)
     config = SamplerConfig(use_ddim=run.process == "gaussian", num_steps=steps, clip_denoised=vae.is_pixel)
-    return create_sampler(config, create_process(run, vae, num_steps=steps))
+    return create_sampler(config, create_process(run, vae, config))
 
 
 def ignored_settings(run: Run) -> list[str]:

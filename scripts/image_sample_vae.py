@@ -43,8 +43,8 @@ NETWORK = (*NETWORK_SECTIONS, VAEConfig)
 OURS = (SamplingConfig, SamplerConfig, GuidanceConfig)
 TRAINING = (DataConfig, TrainConfig)
 ALIASES = {"users": "user_ids"}
-RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "timestep_respacing")
-RECORDED += ("cfg_scale", "cfg_interval", "cfg_channels", "model_path")
+RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing")
+RECORDED += ("timestep_respacing", "cfg_scale", "cfg_interval", "cfg_channels", "model_path")
 
 
 def main(argv=None):
@@ -70,7 +70,7 @@ def main(argv=None):
     vae = load_vae(run.section(VAEConfig), expected=expected, latent_stats=stats).to(dist_util.dev())
     class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
     model = load_network(run, vae, num_classes=len(class_names))
-    process = create_process(run, vae, num_steps=run.num_steps)
+    process = create_process(run, vae, run.section(SamplerConfig))
 
     logger.log("sampling...")
     batches, files = [], []

@@ -7,9 +7,11 @@ import torch as th
 from guided_diffusion_vae import assembly
 from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig, create_network, create_process
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run
+from guided_diffusion_vae.denoiser import denoiser_of
 from guided_diffusion_vae.dit import SIZES, LightningDiT
 from guided_diffusion_vae.guidance import GuidanceConfig, guide
 from guided_diffusion_vae.resample import create_named_schedule_sampler
+from guided_diffusion_vae.samplers import times_of
 from guided_diffusion_vae.train_util import TrainConfig
 from guided_diffusion_vae.unet import UNetModel
 from guided_diffusion_vae.vae_wrapper import VAEInterface
@@ -54,8 +56,9 @@ def test_networks_and_processes_combine(network, process, sigma):
     assert not unused
     model.eval()
     name = "ddim" if process == "gaussian" else "heun"
-    steps = assembly.create_process(run, PIXEL, num_steps=3)
-    sampler = assembly.create_sampler(SamplerConfig(sampler=name, num_steps=3), steps)
+    config = SamplerConfig(sampler=name, num_steps=3)
+    steps = assembly.create_process(run, PIXEL, config)
+    sampler = assembly.create_sampler(config, steps)
     guided = guide(model, steps, GuidanceConfig(cfg_scale=2.0))
     out = sampler(guided, (2, 3, 16, 16), noise=x[:2], noise_like=None, model_kwargs={"y": y[:2]}, device="cpu")
     plain = sampler(model, (2, 3, 16, 16), noise=x[:2], noise_like=None, model_kwargs={"y": y[:2]}, device="cpu")
@@ -90,10 +93,12 @@ def exact(process):
         return MEAN + t * STD**2 * gap - (1 - t) * gap
 
     def noise(x, t):
-        abar = abars[t.long()].view(-1, 1, 1, 1)
+        low = t.long().clamp(max=len(abars) - 2)  # between integer times log(abar / (1 - abar)) is linear
+        part = (t - low).double()
+        abar = th.lerp(abars[low].logit(), abars[low + 1].logit(), part).sigmoid().view(-1, 1, 1, 1).float()
         return (1 - abar).sqrt() * (x - abar.sqrt() * MEAN) / (abar * STD**2 + 1 - abar)
 
-    abars = None if process.num_timesteps == 1 else th.from_numpy(process.alphas_cumprod).float()
+    abars = None if process.num_timesteps == 1 else th.from_numpy(process.alphas_cumprod)
     return velocity if abars is None else noise
 
 
@@ -105,12 +110,47 @@ SAMPLERS += [("flow", name) for name in assembly.FLOW_SAMPLERS if name != "dopri
 def test_every_sampler_recovers_a_gaussian(kind, name):
     """10,000 numbers: their mean and spread are 1.5 and 0.4 within the solvers' and three standard errors."""
     run = resolved("--network", "dit", "--process", kind, "--diffusion_steps", 400)
-    process = create_process(run, PIXEL)
     config = SamplerConfig(sampler=name, num_steps=200 if kind == "flow" else 0, clip_denoised=False)
+    process = create_process(run, PIXEL, config)
     th.manual_seed(0)
     sample = assembly.create_sampler(config, process)
     x = sample(exact(process), (10, 1, 10, 100), noise=None, noise_like=None, model_kwargs={}, device="cpu")
     assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - STD) < 0.02, (x.mean(), x.std())
+
+
+def test_solvers_of_few_steps_walk_all_times_and_space_them_by_the_process():
+    """Whatever --timestep_respacing keeps; linear betas even in log-SNR, cosine betas and flows in their own time."""
+    run = resolved("--timestep_respacing", "10", "--diffusion_steps", 200)
+    quick = SamplerConfig(sampler="dpmpp_2m", num_steps=5, clip_denoised=False)
+    assert create_process(run, PIXEL, quick).num_timesteps == 200
+    assert create_process(run, PIXEL, SamplerConfig(num_steps=5)).num_timesteps == 5
+    assert create_process(run, PIXEL, SamplerConfig()).num_timesteps == 10
+    for flags, spacing in (
+        ([], "logsnr"),
+        (["--noise_schedule", "cosine"], "uniform"),
+        (["--process", "flow", "--network", "dit"], "uniform"),
+    ):
+        process = create_process(resolved(*flags), PIXEL, quick)
+        model = Silent()
+        noise = th.ones(1, 1, 2, 2)
+        assembly.create_sampler(quick, process)(model, (1, 1, 2, 2), noise=noise, device="cpu")
+        assert model.seen == pytest.approx([point.seen for point in points_of(process, spacing)], rel=1e-5), flags
+
+
+class Silent:
+    """Says zero, and notes when it was asked."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, t):
+        self.seen.append(t[0].item())
+        return th.zeros_like(x)
+
+
+def points_of(process, spacing):
+    denoiser = denoiser_of(process, None)
+    return denoiser.points(times_of(denoiser, 5, spacing))
 
 
 def test_the_first_sampler_is_upstreams():
@@ -176,6 +216,11 @@ def test_what_cannot_be_combined_is_one_line():
         assembly.create_sampler(SamplerConfig(sampler="ddim"), flow)
     with pytest.raises(UserError, match="--patch_size is 4, which does not divide latents of 6 x 6"):
         create_network(resolved("--network", "dit", "--model_type", "tiny/4", "--image_size", 6), PIXEL)
-    for settings in ({"num_steps": 1}, {"sampler": "plms"}, {"sampler": "p_sample", "use_ddim": True}):
+    for settings in (
+        {"num_steps": 1},
+        {"sampler": "plms"},
+        {"sampler": "p_sample", "use_ddim": True},
+        {"spacing": "x"},
+    ):
         with pytest.raises(UserError):
             SamplerConfig(**settings)

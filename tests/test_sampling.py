@@ -100,7 +100,7 @@ def test_so_many_of_each_user_under_the_names_of_the_users(trained, tmp_path):
         (["--num_samples_per_user", 2], ["--num_samples_per_user 2 needs --users"]),
         (["--cfg_scale", 2], ["no null label", "--class_dropout_prob 0.1"]),
         (["--cfg_interval", "0.9,0.1"], ["--cfg_interval is '0.9,0.1'", "must rise"]),
-        (["--sampler", "euler"], ["--sampler euler", "p_sample, ddim"]),
+        (["--sampler", "euler"], ["--sampler euler", "p_sample, ddim, heun"]),
         (["--num_steps", 3, "--timestep_respacing", 3], ["--num_steps 3", "give one"]),
         (["--network", "dit"], ["--network is 'dit'", "trained with 'unet'"]),
         (["--timestep_respacing", "ddim30"], ["30"]),
