@@ -1,7 +1,9 @@
 """A signal is a request: the loop that asks for it finishes its step, saves and leaves."""
 
+import atexit
 import contextlib
 import functools
+import multiprocessing
 import signal
 import time
 
@@ -36,3 +38,13 @@ def leave_stopping_to_the_loop(worker: int = 0) -> None:
     for name in NAMES:
         with contextlib.suppress(ValueError, AttributeError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _end_readers() -> None:
+    """At exit `multiprocessing` sends its daemons SIGTERM, which these ignore, and waits for them for ever."""
+    readers = [child for child in multiprocessing.active_children() if child.daemon]
+    if readers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take their end for an accident
+    for reader in readers:
+        reader.kill()
