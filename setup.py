@@ -25,6 +25,7 @@ setup(
         "tb": ["tensorboard"],
         "vf": ["transformers>=5"],
         "ode": ["torchdiffeq"],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright", "transformers>=5", "torchdiffeq"],
+        "plots": ["matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "transformers>=5", "torchdiffeq"],
     },
 )

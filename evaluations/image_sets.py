@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from guided_diffusion_vae.config import UserError
-from guided_diffusion_vae.data.image_folder import list_images, read_rgb
+from guided_diffusion_vae.data.image_folder import list_files, list_images, read_rgb, refuse
+from guided_diffusion_vae.data.latent_cache import drop_bad_images
+from guided_diffusion_vae.sample_util import read_manifest
 
 
 class ImageSet(NamedTuple):
@@ -29,39 +31,65 @@ class ImageSet(NamedTuple):
         return ImageSet(self.pixels[index], labels, self.class_names)
 
 
-def read_folder(folder, flag: str, size: tuple[int, int] | None = None) -> ImageSet:
+def read_folder(
+    folder, flag: str, size: tuple[int, int] | None = None, *, skip_bad_images: bool = False, say=print
+) -> ImageSet:
     """Read a folder of images, one subfolder a user (or upstream's `name_rest.png`).
 
     Args:
         flag: what an error calls the folder.
         size: (height, width) that all images are brought to; None takes the first image's.
+        skip_bad_images: leave out images that cannot be read, and say which, instead of refusing.
     Raises:
-        UserError: no folder, no images, or one that cannot be read.
+        UserError: no folder, no images, or some that cannot be read.
     """
     try:
         found = list_images(folder)
     except UserError as error:
         raise UserError(str(error).replace("--data_dir", flag)) from error
-    height, width = size or read_rgb(found.paths[0]).size[::-1]
-    box = Image.Resampling.BOX
+    images, bad = [], []
     try:
-        images = [np.asarray(ImageOps.fit(read_rgb(path), (width, height), method=box)) for path in found.paths]
+        if skip_bad_images:
+            found = drop_bad_images(found, lambda line: say(f"{flag}: {line}"))
+        for path in found.paths:
+            try:
+                image = read_rgb(path)
+            except UserError as error:
+                bad.append(str(error))
+                continue
+            size = size or image.size[::-1]
+            images.append(np.asarray(ImageOps.fit(image, size[::-1], method=Image.Resampling.BOX)))
+        refuse(bad, len(found.paths))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     return ImageSet(np.stack(images), np.array(found.labels), found.class_names)
 
 
-def read_samples(path) -> ImageSet:
+def read_real(real_dir, heldout_dir, size: tuple[int, int], **options) -> tuple[ImageSet, ImageSet]:
+    """The images that a generator learned from, and the held-out ones under the numbers of the same users.
+
+    Args:
+        options: see `read_folder`.
+    Raises:
+        UserError: see `read_folder` and `renumber`.
+    """
+    train = read_folder(real_dir, "--real_dir", size, **options)
+    heldout = read_folder(heldout_dir, "--heldout_dir", size, **options)
+    return train, renumber(heldout, train.class_names, "--heldout_dir")
+
+
+def read_samples(path, **options) -> ImageSet:
     """Read generated images: an .npz with arr_0 (and arr_1, their labels), or a folder of images.
 
+    Args:
+        options: of a folder, see `read_folder`.
     Raises:
         UserError: neither, or arr_0 is not uint8 (N, H, W, 3), or the labels do not fit it.
     """
     if not path:
         raise UserError("--samples is empty; give the .npz or the folder of PNGs that image_sample_vae.py wrote")
-    if Path(path).is_dir():  # the sampler's own folder holds grids beside its samples
-        inner = Path(path) / "png"
-        return read_folder(inner if inner.is_dir() else path, "--samples")
+    if Path(path).is_dir():
+        return read_folder(_pngs_of(Path(path)), "--samples", **options)
     pixels, labels = _read_npz(path)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise UserError(
@@ -72,6 +100,24 @@ def read_samples(path) -> ImageSet:
             f"--samples {path}: arr_1 is {labels.dtype} {labels.shape}; it must be one integer an image ({len(pixels)})"
         )
     return ImageSet(pixels, labels, None)
+
+
+def _pngs_of(folder: Path) -> Path:
+    """Where the images of a folder of samples lie; the sampler's own holds grids beside them, which are none.
+
+    Raises:
+        UserError: the sampler wrote no PNGs, or there are others beside those of its last run.
+    """
+    inner, listed = folder / "png", {row["file"] for row in read_manifest(folder)}
+    found = {path.relative_to(folder).as_posix() for path in list_files(inner)} if inner.is_dir() else set()
+    if listed and not found & listed:
+        raise UserError(f"--samples {folder} has none of the PNGs of its manifest.csv: give the samples_*.npz in it")
+    if listed and found - listed:
+        raise UserError(
+            f"--samples {folder} has {len(found - listed)} PNGs that are not in its manifest.csv, such as"
+            f" {min(found - listed)}: remove what another run left, or give the samples_*.npz in it"
+        )
+    return inner if inner.is_dir() else folder
 
 
 def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:

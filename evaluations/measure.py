@@ -35,6 +35,7 @@ class EvaluationConfig:
     heldout_dir: str = ""  # folder of real images of the same users in other sessions
     samples: str = ""  # generated images: the sampler's .npz, or its folder of PNGs
     out_dir: str = ""  # where report.json and comparison.png go; empty: report/ beside the samples
+    skip_bad_images: bool = False  # leave out images that cannot be read instead of refusing
     judge_epochs: int = 20  # passes of the user classifier over the real training images
     seed: int = 0  # of the judge, and of what is set aside
 
@@ -54,7 +55,7 @@ def evaluate(
     Raises:
         UserError: too few users or images to judge by.
     """
-    _refuse_too_few(train, heldout, samples)
+    refuse_too_few(train, heldout, len(samples.pixels))
     rng = np.random.default_rng(seed)
     aside, learned = set_aside(train.labels, rng)
     start = perf_counter()
@@ -176,7 +177,15 @@ def _copying(train: ImageSet, sets: dict[str, ImageSet]) -> dict[str, dict[str, 
     }
 
 
-def _refuse_too_few(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> None:
+def refuse_too_few(train: ImageSet, heldout: ImageSet, samples: int) -> None:
+    """Raise if there is too little to judge by: what can be known before anything is generated.
+
+    Args:
+        train, heldout: see `evaluate`.
+        samples: how many images are, or will be, generated.
+    Raises:
+        UserError: names the flag and what is lacking.
+    """
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if len(counts) < 2:
         raise UserError("--real_dir has one user only; telling users apart needs at least two")
@@ -188,7 +197,7 @@ def _refuse_too_few(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> No
     if _shared(train, heldout) == len(heldout.pixels):
         raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     kept = np.maximum(1, counts // ASIDE).sum()
-    for flag, n in (("--samples", len(samples.pixels)), ("--heldout_dir", len(heldout.pixels)), ("--real_dir", kept)):
+    for flag, n in (("--samples", samples), ("--heldout_dir", len(heldout.pixels)), ("--real_dir", kept)):
         if n < FEWEST_IN_SET:
             what = f"{n} images that the judge does not learn from" if flag == "--real_dir" else f"{n} images"
             raise UserError(f"{flag} has {what}; the comparison needs at least {FEWEST_IN_SET}")

@@ -8,14 +8,14 @@ maths         nn, losses, gaussian_diffusion, respace, resample; flow_matching; 
 networks      unet, fp16_util, model_flags; dit
 autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with
               .perceptual, .adversarial, .foundation (their losses), .ldm_config (upstream's YAML)
-              vae_wrapper: pixels <-> latents, the owner of the scale
+              vae_wrapper: pixels <-> latents, the owner of the scale; latent_transport: towards generated latents
 data          data.microdoppler, data.gait, data.spectrogram, data.image_folder, data.plain_datasets, data.vae_data,
               data.stream (order and noise of a step), data.latent_cache, data.latent_shards and .latent_extract,
               image_datasets
-loops         train_util with train_config, validation and sharding; sample_util; estimate
+loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
               vae_tasks, vae_train_util, vae_infer_util
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
-              pipeline, stages: the scripts one after the other
+              guides: a weaker network, a classifier; pipeline, stages: the scripts one after the other
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
 """

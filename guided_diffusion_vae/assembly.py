@@ -10,18 +10,28 @@ from functools import partial
 
 import torch as th
 
-from . import dist_util, samplers
-from .config import Run, UserError
+from . import checkpoint, dist_util, logger, samplers
+from .config import Run, UserError, field_defaults
 from .denoiser import denoiser_of
 from .dit import DiTConfig, create_dit
 from .estimate import Estimate, estimate
 from .flow_matching import FlowConfig, FlowMatching
-from .model_flags import load_weights
+from .guidance import GuidanceConfig
+from .model_flags import load_weights, network_weights, part_of
+from .noised_classifier import LatentClassifierConfig
+from .posthoc_ema import lengths_of
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
 from .samplers import SPACINGS
-from .script_util import NUM_CLASSES, DiffusionConfig, ModelConfig, create_diffusion_vae, create_model_vae
-from .train_util import ema_rates
+from .script_util import (
+    NUM_CLASSES,
+    DiffusionConfig,
+    LaterDiffusionConfig,
+    ModelConfig,
+    create_diffusion_vae,
+    create_model_vae,
+)
+from .train_config import ema_rates, in_bfloat16
 
 PREVIEW_STEPS = 25  # enough to show where training stands
 FEW_STEPS = 20  # what DPM-Solver++ and UniPC need
@@ -85,7 +95,8 @@ class SamplerConfig:
         return self.sampler in ("", "p_sample", "ddim")
 
 
-NETWORK_SECTIONS = (ChoiceConfig, ModelConfig, DiTConfig, DiffusionConfig, FlowConfig)
+NETWORK_SECTIONS = (ChoiceConfig, ModelConfig, DiTConfig, DiffusionConfig, LaterDiffusionConfig, FlowConfig)
+SAMPLING = (SamplerConfig, GuidanceConfig)
 
 
 def settings_of(run: Run, section) -> dict:
@@ -126,13 +137,20 @@ def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Mo
 
 def load_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
     """Collective: call on every process. The trained network of `--model_path` on this process's device, to sample."""
-    model = create_network(run, vae, num_classes=num_classes)
-    weights = dist_util.load_state_dict(run.model_path, map_location="cpu")
-    load_weights(model, weights, path=f"--model_path {run.model_path}", given=run.as_dict())
+    model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
+    weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
+    load_weights(model, weights, path=path, given=run.as_dict())
     model.to(dist_util.dev())
     if run.use_fp16:
         model.convert_to_fp16()
     return model.eval()
+
+
+def _weights_of(file, path: str) -> dict[str, th.Tensor]:
+    loaded = checkpoint.load(file)
+    if part_of(loaded):
+        logger.log(f"{path} is a training checkpoint: taking its weights {part_of(loaded)!r}")
+    return network_weights(loaded, path=path)
 
 
 def create_process(run: Run, vae, config: SamplerConfig | None = None) -> SpacedDiffusion | FlowMatching:
@@ -143,7 +161,7 @@ def create_process(run: Run, vae, config: SamplerConfig | None = None) -> Spaced
     """
     if run.process == "flow":
         return FlowMatching(**settings_of(run, FlowConfig), time_scale=1000.0 if run.network == "unet" else 1.0)
-    settings = settings_of(run, DiffusionConfig)
+    settings = settings_of(run, DiffusionConfig) | settings_of(run, LaterDiffusionConfig)
     if config and not config.on_a_subset:
         settings["timestep_respacing"] = ""
     elif config and config.num_steps:
@@ -151,17 +169,50 @@ def create_process(run: Run, vae, config: SamplerConfig | None = None) -> Spaced
     return create_diffusion_vae(vae, **settings)
 
 
-def create_sampler(config: SamplerConfig, process) -> Callable[..., th.Tensor]:
+def create_sampler(config: SamplerConfig, process, cond_fn=None) -> Callable[..., th.Tensor]:
     """(model, shape, noise, noise_like, model_kwargs, device, progress) -> samples, by the flags' solver.
 
+    Args:
+        cond_fn: (x, t, **model_kwargs) -> the gradient of a log-probability that leads the samples.
     Raises:
         UserError: a solver of the other process.
     """
-    table = FLOW_SAMPLERS if isinstance(process, FlowMatching) else GAUSSIAN_SAMPLERS
-    name = config.sampler or ("ddim" if config.use_ddim and table is GAUSSIAN_SAMPLERS else next(iter(table)))
+    flow = isinstance(process, FlowMatching)
+    solver = (FLOW_SAMPLERS if flow else GAUSSIAN_SAMPLERS)[solver_of(config, flow=flow)]
+    return partial(solver, process, config, cond_fn=cond_fn)
+
+
+def solver_of(config: SamplerConfig, *, flow: bool) -> str:
+    """The name of the solver that the flags choose for a flow or a Gaussian process.
+
+    Raises:
+        UserError: it is of the other process.
+    """
+    table = FLOW_SAMPLERS if flow else GAUSSIAN_SAMPLERS
+    name = config.sampler or ("ddim" if config.use_ddim else next(iter(table)))
     if name not in table:
-        raise UserError(f"--sampler {name} is not of this model's process: choose {', '.join(table)}")
-    return partial(table[name], process, config)
+        flag = f"--sampler {name}" if config.sampler else "--use_ddim True"
+        leave = "" if config.sampler else f"leave it out and give --sampler {next(iter(table))}, or "
+        raise UserError(f"{flag} is not of this model's process: {leave}choose {', '.join(table)}")
+    return name
+
+
+def walk_of(config: SamplerConfig, process) -> dict:
+    """What a run's record says of the walk: the `sampler`, `num_steps` and `spacing` that the flags come to."""
+    flow = isinstance(process, FlowMatching)
+    name, steps, spacing = solver_of(config, flow=flow), config.num_steps, ""
+    if _is_spaced(name, flow=flow):
+        steps, spacing = steps or FEW_STEPS, config.spacing or _spacing_for(denoiser_of(process, None))
+    elif flow:
+        steps = "adaptive" if name == "dopri5" else steps or FLOW_STEPS
+    else:
+        steps = process.num_timesteps
+    return {"sampler": name, "num_steps": steps, "spacing": spacing}
+
+
+def _is_spaced(solver: str, *, flow: bool) -> bool:
+    """Whether it is a solver of few steps, whose times `--spacing` chooses."""
+    return solver in FEW or (solver == "heun" and not flow)
 
 
 def _gaussian(loop: str):
@@ -174,10 +225,19 @@ def _gaussian(loop: str):
 def _ode(method: str):
     def sample(process, config, model, shape, *, noise=None, noise_like=None, **how):
         del noise_like  # nothing is random after the first noise
-        start = shape if noise is None else noise
-        return process.sample_loop(model, start, config.num_steps or FLOW_STEPS, method=method, **how)
+        start, steps = shape if noise is None else noise, config.num_steps or FLOW_STEPS
+        return process.sample_loop(model, start, steps, method=method, **how)
 
     return sample
+
+
+def _adaptive(process, config, model, shape, *, noise=None, noise_like=None, model_kwargs=None, **how):
+    """dopri5, whose steps suit the whole batch; images that may not depend on their batch are walked one by one."""
+    walk = partial(_ode("dopri5"), process, config, model)
+    if noise is None or noise_like is None:
+        return walk(shape, noise=noise, model_kwargs=model_kwargs, **how)
+    cond = [{name: value[i : i + 1] for name, value in (model_kwargs or {}).items()} for i in range(len(noise))]
+    return th.cat([walk(None, noise=x[None], model_kwargs=y, **how) for x, y in zip(noise, cond, strict=True)])
 
 
 def _sde(method: str):
@@ -190,12 +250,13 @@ def _sde(method: str):
 
 
 def _few_steps(solver: str):
-    def sample(process, config, model, shape, *, noise=None, noise_like=None, model_kwargs=None, device=None, **how):
-        denoiser = denoiser_of(process, model, clip_denoised=config.clip_denoised, model_kwargs=model_kwargs)
+    def sample(process, config, model, shape, *, noise=None, model_kwargs=None, cond_fn=None, device=None, **how):
+        settings = {"clip_denoised": config.clip_denoised, "model_kwargs": model_kwargs, "cond_fn": cond_fn}
+        denoiser = denoiser_of(process, model, **settings)
         x = th.randn(*shape, device=device) if noise is None else noise
         spacing = config.spacing or _spacing_for(denoiser)
         steps = config.num_steps or FEW_STEPS
-        return samplers.sample(denoiser, x, steps, solver=solver, spacing=spacing, noise_like=noise_like, **how)
+        return samplers.sample(denoiser, x, steps, solver=solver, spacing=spacing, **how)
 
     return sample
 
@@ -208,7 +269,7 @@ def _spacing_for(denoiser) -> str:
 FEW = {name: _few_steps(name) for name in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")}
 GAUSSIAN_SAMPLERS = {"p_sample": _gaussian("p_sample_loop"), "ddim": _gaussian("ddim_sample_loop")}
 GAUSSIAN_SAMPLERS |= {"heun": _few_steps("heun"), **FEW}
-FLOW_SAMPLERS = {"euler": _ode("euler"), "heun": _ode("heun"), "dopri5": _ode("dopri5")}
+FLOW_SAMPLERS = {"euler": _ode("euler"), "heun": _ode("heun"), "dopri5": _adaptive}
 FLOW_SAMPLERS |= {"sde_euler": _sde("euler"), "sde_heun": _sde("heun"), **FEW}
 
 
@@ -227,16 +288,25 @@ def try_settings(run: Run, vae, *, num_classes: int = 2) -> th.nn.Module:
 
 
 def refuse_unfit(run: Run) -> None:
-    """Raise if flags of users or guidance meet a model without users, or steps are asked for twice.
+    """Raise if flags of users or guidance meet a model without users, or steps are asked for twice or in vain.
 
     Raises:
         UserError: names the flags.
     """
     for name, asked in (("users", bool(run.users)), ("cfg_scale", run.cfg_scale != 1)):
-        if asked and not run.class_cond:
+        if asked and not run.class_cond and not (name == "users" and run.classifier_path):
             given = " ".join(run.users) if name == "users" else run.cfg_scale
-            raise UserError(f"--{name} {given}: this model was trained with --class_cond False; leave --{name} out")
-    if run.num_steps and "timestep_respacing" in run.given:
+            raise UserError(
+                f"--{name} {given}: this model was trained with --class_cond False; leave --{name} out, or give a"
+                " --classifier_path"
+            )
+    flow, respacing = run.process == "flow", run.timestep_respacing if "timestep_respacing" in run.given else ""
+    solver = solver_of(run.section(SamplerConfig), flow=flow)
+    if respacing and (flow or _is_spaced(solver, flow=flow)):
+        raise UserError(
+            f"--timestep_respacing {respacing}: --sampler {solver} does not read it, give --num_steps instead"
+        )
+    if run.num_steps and respacing:
         raise UserError(f"--num_steps {run.num_steps} and --timestep_respacing {run.timestep_respacing}: give one")
 
 
@@ -250,14 +320,30 @@ def create_preview_sampler(run: Run, vae) -> Callable[..., th.Tensor]:
 def ignored_settings(run: Run) -> list[str]:
     """The given flags that the chosen network and process do not read."""
     unread = DiTConfig if run.network == "unet" else ModelConfig, FlowConfig if run.process == "gaussian" else None
-    unread += (DiffusionConfig,) if run.process == "flow" else ()
+    unread += (DiffusionConfig, LaterDiffusionConfig) if run.process == "flow" else ()
     names = {field.name for section in filter(None, unread) for field in fields(section)} - SHARED
     return sorted(name for name in names & run.given if not _is_default(run, name))
 
 
+def ignored_in_sampling(run: Run) -> list[str]:
+    """The given flags that this way of sampling does not read, each with the reason."""
+    flow = run.process == "flow"
+    solver = solver_of(run.section(SamplerConfig), flow=flow)
+    spaced = _is_spaced(solver, flow=flow)
+    by_solver = {"spacing": not spaced, "num_steps": solver == "dopri5", "clip_denoised": flow and not spaced}
+    found = {name: f"--network {run.network} --process {run.process}" for name in ignored_settings(run)}
+    found |= {name: f"--sampler {solver}" for name, unread in by_solver.items() if unread}
+    found |= run.section(GuidanceConfig).unread()
+    of_classifier = [field.name for field in fields(LatentClassifierConfig) if field.name != "image_size"]
+    found |= dict.fromkeys(() if run.classifier_path else of_classifier, "no --classifier_path")
+    told = (name for name in found if name in run.given and not _is_default(run, name))
+    return [f"--{name} {getattr(run, name)} with {found[name]}" for name in told]
+
+
 def _is_default(run, name):
-    defaults = {field.name: field.default for section in NETWORK_SECTIONS for field in fields(section)}
-    return getattr(run, name) == defaults[name]
+    """Whether a flag says what holds without it; unclamped is what a solver that does not clamp does anyway."""
+    defaults = field_defaults(*NETWORK_SECTIONS, *SAMPLING, LatentClassifierConfig)
+    return getattr(run, name) == {**defaults, "clip_denoised": False}[name]
 
 
 def estimate_run(run: Run, vae) -> Estimate:
@@ -267,11 +353,14 @@ def estimate_run(run: Run, vae) -> Estimate:
         vae.latent_shape(run.image_size),
         batch_size=run.batch_size,
         microbatch=run.microbatch,
-        num_emas=len(ema_rates(run.ema_rate)),
+        num_emas=len(ema_rates(run.ema_rate)) + len(lengths_of(run.posthoc_ema)),
         steps=min(filter(None, (run.max_steps, run.lr_anneal_steps)), default=0),
+        epochs=run.max_epochs,
         classes=USERS if run.class_cond else None,
         half=run.use_fp16,
+        bf16=in_bfloat16(run.amp),
         recompute=run.use_checkpoint,
         processes=dist_util.world_size(),
+        sharded=run.sharding == "fsdp2",
         device=dist_util.dev(),
     )

@@ -20,6 +20,8 @@ Model = Callable[..., th.Tensor]  # (x, t, **model_kwargs) -> prediction
 Times = float | np.ndarray
 
 LEARNED = ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE
+PURE_NOISE = -60.0  # stands for lambda = -inf: e^-60 is beyond the precision of any number here
+DEEPEST = -5.0  # where spacings by lambda begin if the process begins with pure noise: as linear betas do without
 
 
 class Point(NamedTuple):
@@ -36,14 +38,18 @@ class Point(NamedTuple):
 class Denoiser:
     """A process and its network as solvers see them: x_start at any x and continuous time; see `denoiser_of`.
 
-    interval: (start, end), the times of the noise end and of the data end; both have alpha, sigma > 0.
+    A cond_fn adds sigma^2 / alpha g to x_start, where g = cond_fn(x, t) is the gradient of a log-probability; this is
+    what `GaussianDiffusion.condition_score` does, and as there it comes after the clamp.
+
+    interval: (start, end), the times of the noise end and of the data end; sigma > 0 at both, and alpha > 0 but where
+        a Gaussian process begins with pure noise.
     """
 
     interval: tuple[float, float]
     output_has_variance = False
 
-    def __init__(self, process, model: Model, clip_denoised: bool, model_kwargs: dict | None):
-        self.process, self.model = process, model
+    def __init__(self, process, model: Model, clip_denoised: bool, model_kwargs: dict | None, cond_fn: Model | None):
+        self.process, self.model, self.cond_fn = process, model, cond_fn
         self.clip_denoised, self.model_kwargs = clip_denoised, model_kwargs or {}
 
     def alpha_sigma(self, time: Times) -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +72,10 @@ class Denoiser:
         alpha, sigma = self.alpha_sigma(time)
         return np.log(alpha) - np.log(sigma)
 
+    def _lambda(self, time):
+        """What the solvers take for lambda."""
+        return self.log_snr(time)
+
     def time_at(self, log_snr: Times) -> np.ndarray:
         """The inverse of `log_snr` on the interval, by bisection."""
         log_snr = np.asarray(log_snr, dtype=np.float64)
@@ -79,7 +89,7 @@ class Denoiser:
     def points(self, times: np.ndarray) -> list[Point]:
         """What a walk needs of its times, computed once, on the host, in float64."""
         times = np.asarray(times, dtype=np.float64)
-        columns = self._seen(times), *self.alpha_sigma(times), self.log_snr(times), *self._affine(times)
+        columns = self._seen(times), *self.alpha_sigma(times), self._lambda(times), *self._affine(times)
         return [Point(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def guess(self, x: th.Tensor, point: Point) -> th.Tensor:
@@ -91,7 +101,10 @@ class Denoiser:
             output = output.chunk(2, dim=1)[0]
         assert output.shape == x.shape, f"the model made {tuple(output.shape)} of {tuple(x.shape)}"
         x_start = point.of_x * x + point.of_output * output
-        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
+        x_start = x_start.clamp(-1, 1) if self.clip_denoised else x_start
+        if self.cond_fn is None or not point.alpha:  # pure noise tells a classifier nothing
+            return x_start
+        return x_start + point.sigma**2 / point.alpha * self.cond_fn(x, t, **self.model_kwargs).to(x)
 
     def x_start(self, x: th.Tensor, time: float) -> th.Tensor:
         """x_start at x, (N, ...), and one time for all; one call of the network."""
@@ -106,25 +119,38 @@ _GAUSSIAN_AFFINE = {  # name of the ModelMeanType -> what x_start takes of x, an
 
 
 class _GaussianDenoiser(Denoiser):
-    """Time is the place among the T times of the process, here any number in [0, T - 1]; log-SNR is linear between."""
+    """Time is the place among the T times of the process, here any number in [0, T - 1]; log-SNR is linear between.
+
+    A process may begin with pure noise (zero terminal SNR), where alpha is 0 and lambda -inf. The first step then goes
+    from there to the second time, with a guess that knows nothing but the noise: exactly sigma x + alpha D. Solvers
+    see PURE_NOISE for -inf, and `log_snr`, by which the times are spaced, is cut at DEEPEST or the time before.
+    A network that predicts noise knows no x_start there: its walk leaves that time out.
+    """
 
     def __init__(self, process, *args):
         super().__init__(process, *args)
         if process.model_mean_type.name not in _GAUSSIAN_AFFINE:
             raise UserError("the model predicts x_{t-1}, which --sampler p_sample and ddim know: use one of them")
-        abar = process.alphas_cumprod[process.alphas_cumprod > 0]  # with beta = 1 the last time is all noise
-        if len(abar) < 2:
+        abar, has_data = process.alphas_cumprod, process.alphas_cumprod > 0
+        if sum(has_data) < 2:
             raise UserError("this process keeps 1 of its times, and a solver needs 2: leave --timestep_respacing out")
-        self.interval = len(abar) - 1.0, 0.0
         self.output_has_variance = process.model_var_type in LEARNED
-        self._whole, self._log_snr = np.arange(len(abar)), (np.log(abar) - np.log1p(-abar)) / 2
+        log_snr, cut = (np.log(abar[has_data]) - np.log1p(-abar[has_data])) / 2, -np.inf
+        if not has_data.all() and process.model_mean_type.name != "EPSILON":
+            log_snr, cut = np.append(log_snr, PURE_NOISE), max(DEEPEST, log_snr[-1])
+        self.interval = len(log_snr) - 1.0, 0.0
+        self._whole, self._log_snr, self._cut = np.arange(len(log_snr)), log_snr, cut
 
     def log_snr(self, time):
+        return np.maximum(self._lambda(time), self._cut)
+
+    def _lambda(self, time):
         return np.interp(time, self._whole, self._log_snr)
 
     def alpha_sigma(self, time):
-        log_snr = self.log_snr(time)
-        return (1 + np.exp(-2 * log_snr)) ** -0.5, (1 + np.exp(2 * log_snr)) ** -0.5
+        log_snr = self._lambda(time)
+        alpha = (1 + np.exp(-2 * log_snr)) ** -0.5
+        return np.where(log_snr > PURE_NOISE, alpha, 0.0), (1 + np.exp(2 * log_snr)) ** -0.5
 
     def uniform(self, num_steps):
         return np.linspace(*self.interval, num_steps)
@@ -170,6 +196,7 @@ def denoiser_of(
     *,
     clip_denoised: bool = False,
     model_kwargs: dict | None = None,
+    cond_fn: Model | None = None,
 ) -> Denoiser:
     """The process and its network as the solvers see them.
 
@@ -179,8 +206,9 @@ def denoiser_of(
         model: (x, t, **model_kwargs) -> prediction; t is a float, scaled as the process does. A learned variance is
             dropped.
         clip_denoised: clamp each guess of x_start to [-1, 1].
+        cond_fn: (x, t, **model_kwargs) -> the gradient of a log-probability, at the t that the model sees; or None.
     Raises:
         UserError: the network predicts x_{t-1}, which has no meaning between the times; or only one time is kept.
     """
     kind = _FlowDenoiser if isinstance(process, FlowMatching) else _GaussianDenoiser
-    return kind(process, model, clip_denoised, model_kwargs)
+    return kind(process, model, clip_denoised, model_kwargs, cond_fn)

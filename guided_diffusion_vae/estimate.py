@@ -3,11 +3,14 @@
 The network is built on the meta device, where a forward pass computes shapes and nothing else. Counted on it are
 
     memory = weights + gradients + Adam's two moments + averages + activations kept for backward, image by image
+             (the former shared by the processes with --sharding fsdp2)
     time   = steps x images x 3 forward passes (4, if activations are computed again) / (rate x EFFICIENCY)
 
-and the rate is that of a matrix product on this machine. The autoencoder and the pictures during training are left out.
+and the rate is that of a matrix product on this machine, in the precision of the run. The autoencoder, validation and
+the pictures during training are left out, and with sharding the block that is put together to compute.
 """
 
+import contextlib
 import copy
 import os
 import time
@@ -49,10 +52,15 @@ class Estimate:
     processes: int
     rate: float  # FLOP/s of a matrix product, in one process
     seconds: float  # of all steps, or of `OPEN_END`
+    epochs: int = 0  # that end the run, too; 0: none do
+    sharded: bool = False
 
     def __str__(self) -> str:
         averages = f"{self.num_emas} average" + "s" * (self.num_emas != 1)
-        gradients = "gradients" if self.processes == 1 else "gradients and their copy for the other processes"
+        copied = self.processes > 1 and not self.sharded
+        gradients = "gradients and their copy for the other processes" if copied else "gradients"
+        if self.sharded:
+            averages += f", of each 1 / {self.processes} by --sharding fsdp2"
         lines = [
             f"network: {_short(self.parameters, 5)} parameters, {_digits(self.macs / 1e9, 4)} GMAC an image",
             f"memory a process: {_short(self.state_bytes)}B weights, {gradients}, Adam and {averages}"
@@ -70,7 +78,11 @@ class Estimate:
         return "\n".join(lines)
 
     def _steps(self) -> str:
-        return _plural(self.steps, "step") if self.steps else f"no last step, and {OPEN_END} steps"
+        epochs = _plural(self.epochs, "epoch")
+        if self.steps:
+            return _plural(self.steps, "step") + (f" (or {epochs}, if that is less)" if self.epochs else "")
+        end = f"{epochs} of data that are not read yet" if self.epochs else "no last step"
+        return f"{end}, and {OPEN_END} steps"
 
 
 def estimate(
@@ -82,9 +94,12 @@ def estimate(
     num_emas: int,
     steps: int,
     classes: int | None,
+    epochs: int = 0,
     half: bool = False,
+    bf16: bool = False,
     recompute: bool = False,
     processes: int = 1,
+    sharded: bool = False,
     device: th.device | str,
 ) -> Estimate:
     """Count and measure; takes a second or, for the largest networks, a few.
@@ -94,24 +109,27 @@ def estimate(
         latent_shape: (C, h, w) of what the network sees.
         batch_size: images per step and process; microbatch: images per forward pass (<= 0: all).
         num_emas: how many moving averages of the weights are kept.
-        steps: of the run; 0 is no end.
+        steps: of the run; 0 is no end. epochs: as `--max_epochs`, whose steps nobody knows before the data are read.
         classes: how many the network knows; None or 0 if it takes no labels.
         half: as `--use_fp16`: half weights beside flat float32 masters.
+        bf16: as `--amp bf16`: float32 weights, and autocast's bfloat16 where the device computes in it.
         recompute: as `--use_checkpoint`, whatever the model was made with.
+        sharded: as `--sharding fsdp2`: each process has its rows of every tensor that stays.
         device: where the run will be, and where a matrix product is timed.
     """
     device, latent_shape = th.device(device), tuple(latent_shape)
     microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
     model = _as_trained(model, half)
     flops = forward_flops(model, latent_shape, classes)
-    rate = matmul_rate(device, th.float16 if half else th.float32)
+    rate = matmul_rate(device, th.float16 if half else th.bfloat16 if bf16 else th.float32)
+    kept = activation_bytes(model, latent_shape, classes, microbatch, recompute=recompute, bf16=bf16, device=device)
     passes = 4 if recompute else 3
     return Estimate(
         parameters=sum(param.numel() for param in model.parameters()),
         macs=flops / 2,
         num_emas=num_emas,
-        state_bytes=state_bytes(model, num_emas=num_emas, half=half, processes=processes),
-        activation_bytes=activation_bytes(model, latent_shape, classes, microbatch, recompute=recompute, device=device),
+        state_bytes=state_bytes(model, num_emas=num_emas, half=half, processes=processes, sharded=sharded),
+        activation_bytes=kept,
         microbatch=microbatch,
         memory_bytes=_memory_of(device),
         steps=steps,
@@ -119,6 +137,8 @@ def estimate(
         processes=processes,
         rate=rate,
         seconds=(steps or OPEN_END) * batch_size * passes * flops / (rate * EFFICIENCY),
+        epochs=epochs,
+        sharded=sharded,
     )
 
 
@@ -132,8 +152,8 @@ def _as_trained(model, half):
     return model
 
 
-def _inputs(n, latent_shape, classes):
-    like = {"device": "meta"}
+def _inputs(n, latent_shape, classes, device="meta"):
+    like = {"device": device}
     return th.empty(n, *latent_shape, **like), th.empty(n, **like), th.empty(n, **like).long() if classes else None
 
 
@@ -145,20 +165,25 @@ def forward_flops(model: th.nn.Module, latent_shape: tuple[int, ...], classes: i
     return counter.get_total_flops()
 
 
-def state_bytes(model: th.nn.Module, *, num_emas: int, half: bool, processes: int) -> int:
+def state_bytes(
+    model: th.nn.Module, *, num_emas: int, half: bool = False, processes: int = 1, sharded: bool = False
+) -> int:
     """Of all that stays between the steps; `model` has the weights that forward and backward see.
 
     In float32 a weight has a gradient, two moments and its averages. In half precision the model has weights and
-    gradients, and the float32 masters have all of these, too. Several processes exchange a copy of the gradients.
+    gradients, and the float32 masters have all of these, too; a fixed parameter has no master and so no average.
+    Several processes exchange a copy of the gradients, unless each has a share, of which the first is the largest.
     """
     params = list(model.parameters())
     learnt = [param for param in params if param.requires_grad]
+    if sharded:
+        return (1 + num_emas) * _bytes(params, processes) + 3 * _bytes(learnt, processes)
     copies = 2 if processes > 1 else 1
     total = _bytes(params) + copies * _bytes(learnt)
-    masters = 4 * sum(param.numel() for param in params)
     if half:
+        masters = 4 * sum(param.numel() for param in learnt)
         return total + (2 + 2 + num_emas) * masters  # masters and their gradients, Adam, averages
-    return total + 2 * _bytes(learnt) + num_emas * masters
+    return total + 2 * _bytes(learnt) + num_emas * _bytes(params)
 
 
 def activation_bytes(
@@ -168,6 +193,7 @@ def activation_bytes(
     images: int,
     *,
     recompute: bool,
+    bf16: bool = False,
     device: th.device,
 ) -> int:
     """What autograd keeps of a forward pass with so many images; with `recompute`, also one block's while in backward.
@@ -175,7 +201,17 @@ def activation_bytes(
     Measured with two images and with three, which tells what grows with the batch from what does not; not with one,
     whose views can be contiguous where a batch's are copied.
     """
-    two, three = (_kept(model, _inputs(n, latent_shape, classes), device, recompute=recompute) for n in (2, 3))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with contextlib.ExitStack() as stack:
+        place = "meta"
+        if bf16:  # autocast leaves meta tensors alone; fake ones are as empty, and on the device that it knows
+            model, place = copy.deepcopy(model), device
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(th.autocast(device.type, th.bfloat16))
+            model = model.to_empty(device=device)
+        batches = [_inputs(n, latent_shape, classes, place) for n in (2, 3)]
+        two, three = (_kept(model, inputs, device, recompute=recompute) for inputs in batches)
     return two + (images - 2) * (three - two)
 
 
@@ -272,8 +308,10 @@ def _time(a):
     return time.perf_counter() - begin
 
 
-def _bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors, processes: int = 1) -> int:
+    """Of tensors, or of the first of so many shares of their rows."""
+    shares = (tensor.chunk(processes)[0] if tensor.ndim else tensor for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in shares)
 
 
 def _memory_of(device) -> int | None:

@@ -230,11 +230,24 @@ class FlowMatching(FlowConfig):
             return d_alpha * x_start + d_sigma * noise
         return {"x_start": x_start, "noise": noise, "score": -noise / sigma}[target]
 
-    def velocity(self, model: Model, x: th.Tensor, t: th.Tensor, **model_kwargs) -> th.Tensor:
-        """dx/dt of the ODE at x and t (one for all, or (N,)), whatever the network predicts."""
+    def velocity(
+        self, model: Model, x: th.Tensor, t: th.Tensor, cond_fn: Model | None = None, **model_kwargs
+    ) -> th.Tensor:
+        """dx/dt of the ODE at x and t (one for all, or (N,)), whatever the network predicts.
+
+        Args:
+            cond_fn: like the model, but says g, the gradient of a log-probability. It adds g to the score, so
+                sigma^2 / alpha g to x_start and V g to the velocity, V = (alpha'/alpha) sigma^2 - sigma sigma'; but
+                nothing where alpha = 0.
+        """
         t = _times_like(t, x).expand(len(x))
         out = model(x, t * self.time_scale, **model_kwargs)
-        return self.convert(out, x, t, source=self.prediction, target="velocity")
+        v = self.convert(out, x, t, source=self.prediction, target="velocity")
+        if cond_fn is None:
+            return v
+        mix = self.mix(t, x)
+        size = th.where(mix.alpha > 0, mix.diffusion, 0.0)
+        return v + size.to(v) * cond_fn(x, t * self.time_scale, **model_kwargs).to(v)
 
     def place_on_path(self, times: th.Tensor) -> th.Tensor:
         """Where the times that a network sees lie: 0 is noise, 1 is data."""
@@ -253,6 +266,7 @@ class FlowMatching(FlowConfig):
         atol: float = 1e-6,
         rtol: float = 1e-3,
         model_kwargs: dict | None = None,
+        cond_fn: Model | None = None,
         device: th.device | str | None = None,
         progress: bool = False,
     ) -> th.Tensor:
@@ -262,12 +276,13 @@ class FlowMatching(FlowConfig):
             num_steps: points of the grid, with its ends: Euler calls the network num_steps - 1 times, Heun twice that.
             method: euler, heun, or dopri5 (adaptive; num_steps has no effect). Nothing is random after the first noise.
             atol, rtol: the error that dopri5 allows itself at each step.
+            cond_fn: leads to a label; see `velocity`.
         """
         x = _first_noise(model, shape_or_noise, device)
         times = self._grid(*self._interval(self.sample_eps), num_steps, x)
 
         def field(x, t):
-            return self.velocity(model, x, t, **(model_kwargs or {}))
+            return self.velocity(model, x, t, cond_fn, **(model_kwargs or {}))
 
         return _integrate(field, x, times, method, atol, rtol, progress)
 
@@ -284,6 +299,7 @@ class FlowMatching(FlowConfig):
         last_step: str = "mean",
         last_step_size: float = 0.04,
         model_kwargs: dict | None = None,
+        cond_fn: Model | None = None,
         device: th.device | str | None = None,
         noise_like: Unary | None = None,
         progress: bool = False,
@@ -296,6 +312,7 @@ class FlowMatching(FlowConfig):
             last_step: how to cross the last `last_step_size` of the path, where the score blows up: by the SDE's
                 mean, Tweedie's guess of x_start, or Euler on the ODE; or none, then the walk goes almost to the end.
             noise_like: draws a step's noise for x; None is `torch.randn_like`.
+            cond_fn: leads to a label; see `velocity`.
         """
         _check("method", method, METHODS[:2])
         _check("diffusion_form", diffusion_form, DIFFUSION_FORMS)
@@ -311,7 +328,7 @@ class FlowMatching(FlowConfig):
             return DIFFUSION_FORMS[diffusion_form](t, PATHS[self.path_type](t), diffusion_norm)
 
         def velocity(x, t):
-            return self.velocity(model, x, t, **(model_kwargs or {}))
+            return self.velocity(model, x, t, cond_fn, **(model_kwargs or {}))
 
         def score(v, x, t):
             return self.convert(v, x, t, source="velocity", target="score")
@@ -346,6 +363,7 @@ class FlowMatching(FlowConfig):
         *,
         method: str = "heun",
         model_kwargs: dict | None = None,
+        probe: th.Tensor | None = None,
     ) -> th.Tensor:
         """log p(x) in nats, (N,), by the ODE from data back to noise.
 
@@ -356,10 +374,12 @@ class FlowMatching(FlowConfig):
         Args:
             x: (N, ...) data.
             generator: draws the probe, on its own device.
+            probe: (N, ...) of signs, instead.
         Source: Song et al. 2021, equation 39; Hutchinson 1990; Grathwohl et al. 2019.
         """
-        where = x.device if generator is None else generator.device
-        probe = th.randint(2, x.shape, generator=generator, device=where).to(x) * 2 - 1
+        if probe is None:
+            where = x.device if generator is None else generator.device
+            probe = th.randint(2, x.shape, generator=generator, device=where).to(x) * 2 - 1
 
         def field(state, t):
             with th.enable_grad():
@@ -421,7 +441,7 @@ def _odeint():
         from torchdiffeq import odeint
     except ImportError as error:
         raise UserError(
-            "--method dopri5 needs torchdiffeq: pip install 'guided_diffusion_vae[ode]', or use --method heun"
+            "--sampler dopri5 needs torchdiffeq: pip install 'guided_diffusion_vae[ode]', or use --sampler heun"
         ) from error
     return odeint
 

@@ -59,12 +59,30 @@ def betas_for_alpha_bar(
     return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) for i in range(T)])
 
 
+def end_in_pure_noise(betas: np.ndarray) -> np.ndarray:
+    """These betas rescaled so that the last abar is 0 and the first one stays: float64 (T,), the last is 1.
+
+    sqrt(abar_t)' = sqrt(abar_1) (sqrt(abar_t) - sqrt(abar_T)) / (sqrt(abar_1) - sqrt(abar_T))
+
+    Raises:
+        ValueError: a single beta, which is the first and the last.
+    Source: Lin et al. 2024 (Common diffusion noise schedules and sample steps are flawed), algorithm 1.
+    """
+    if len(betas) < 2:
+        raise ValueError(f"--diffusion_steps is {len(betas)}; --zero_terminal_snr True needs at least 2")
+    abar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+    root = np.sqrt(abar)
+    rescaled = abar[0] * ((root - root[-1]) / (root[0] - root[-1])) ** 2
+    return 1 - rescaled / np.append(1.0, rescaled[:-1])
+
+
 class ModelMeanType(enum.Enum):
     """What the network predicts."""
 
     PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
     START_X = enum.auto()  # x_0
     EPSILON = enum.auto()  # the noise
+    V = enum.auto()  # v = sqrt(abar) noise - sqrt(1 - abar) x_0 (Salimans and Ho 2022, appendix D)
 
 
 class ModelVarType(enum.Enum):
@@ -91,11 +109,15 @@ class LossType(enum.Enum):
 class GaussianDiffusion:
     """Training losses and samplers of the process with the given betas.
 
+    Where the last abar is 0 (see `end_in_pure_noise`), x_T tells nothing of x_0: the network has to predict x_0, or v,
+    which is -x_0 there.
+
     Args:
-        betas: (T,) in (0, 1].
+        betas: (T,) in (0, 1]; only the last may be 1.
         model_mean_type, model_var_type, loss_type: see the enums.
         rescale_timesteps: give the network t * 1000 / T.
         likelihood: of x_0 given x_1: "discretized" for 8-bit pixels, "gaussian" for latents, which have no bins.
+        min_snr_gamma: 0, or the gamma of Min-SNR, which weights the MSE by time; see `mse_weights`.
     """
 
     def __init__(
@@ -107,10 +129,12 @@ class GaussianDiffusion:
         loss_type: LossType,
         rescale_timesteps: bool = False,
         likelihood: str = "discretized",
+        min_snr_gamma: float = 0.0,
     ):
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps, self.likelihood = rescale_timesteps, likelihood
         assert likelihood in ("discretized", "gaussian"), likelihood
+        assert not (min_snr_gamma and loss_type.is_vb()), "Min-SNR weights an MSE"
 
         self.betas = betas = np.array(betas, dtype=np.float64)
         assert betas.ndim == 1, "betas must be 1-D"
@@ -126,8 +150,10 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = np.sqrt(abar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - abar)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - abar)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / abar)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / abar - 1)
+        self.ends_in_pure_noise = bool(abar[-1] == 0)
+        with np.errstate(divide="ignore"):  # infinite there, and not read: x_0 does not follow from pure noise
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / abar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / abar - 1)
 
         # q(x_{t-1} | x_t, x_0); its variance is 0 at t = 0, so the log takes the next one there
         self.posterior_variance = betas * (1.0 - abar_prev) / (1.0 - abar)
@@ -142,6 +168,8 @@ class GaussianDiffusion:
         self._large_variance = np.append(first, betas[1:])
         self._log_large_variance = np.log(self._large_variance)
         self._log_betas = np.log(betas)
+        self.min_snr_gamma = min_snr_gamma
+        self._mse_weights = mse_weights(abar, min_snr_gamma, model_mean_type) if min_snr_gamma else np.ones_like(abar)
         self._on_device = {}
 
     def _at(self, name, t, shape):
@@ -164,10 +192,12 @@ class GaussianDiffusion:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
         noise = th.randn_like(x_start) if noise is None else noise
         assert noise.shape == x_start.shape
-        scale, sigma = (
-            self._at(f"sqrt_{name}", t, x_start.shape) for name in ("alphas_cumprod", "one_minus_alphas_cumprod")
-        )
-        return scale * x_start + sigma * noise
+        alpha, sigma = self._alpha_sigma(t, x_start.shape)
+        return alpha * x_start + sigma * noise
+
+    def _alpha_sigma(self, t, shape):
+        """sqrt(abar_t), sqrt(1 - abar_t)."""
+        return self._at("sqrt_alphas_cumprod", t, shape), self._at("sqrt_one_minus_alphas_cumprod", t, shape)
 
     def q_posterior_mean_variance(
         self, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor
@@ -236,6 +266,8 @@ class GaussianDiffusion:
             return output
         if self.model_mean_type == ModelMeanType.EPSILON:
             return self._predict_xstart_from_eps(x, t, output)
+        if self.model_mean_type == ModelMeanType.V:
+            return self._predict_xstart_from_v(x, t, output)
         return self._predict_xstart_from_xprev(x, t, output)
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
@@ -243,12 +275,20 @@ class GaussianDiffusion:
         scale, sigma = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t.shape) for name in ("recip", "recipm1"))
         return scale * x_t - sigma * eps
 
+    def _predict_xstart_from_v(self, x_t, t, v):
+        assert x_t.shape == v.shape
+        alpha, sigma = self._alpha_sigma(t, x_t.shape)
+        return alpha * x_t - sigma * v
+
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         assert x_t.shape == xprev.shape
         scale, ratio = (self._at(name, t, x_t.shape) for name in ("_recip_mean_coef1", "_mean_coef2_over_coef1"))
         return scale * xprev - ratio * x_t
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
+        if self.ends_in_pure_noise:  # the same, without a division by alpha
+            alpha, sigma = self._alpha_sigma(t, x_t.shape)
+            return (x_t - alpha * pred_xstart) / sigma
         scale, sigma = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t.shape) for name in ("recip", "recipm1"))
         return (scale * x_t - pred_xstart) / sigma
 
@@ -274,11 +314,17 @@ class GaussianDiffusion:
     def condition_score(
         self, cond_fn: Model, p_mean_var: Terms, x: th.Tensor, t: th.Tensor, model_kwargs: dict | None = None
     ) -> Terms:
-        """eps - sqrt(1 - abar) g, and the x_0 and mean that follow from it (Song et al. 2020, for DDIM)."""
+        """eps - sqrt(1 - abar) g, and the x_0 and mean that follow from it (Song et al. 2020, for DDIM).
+
+        Pure noise (abar = 0) tells nothing of x_0, and g nothing of a label: x_0 stays there.
+        """
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x.shape) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
+        if self.ends_in_pure_noise:
+            tells = self._at("alphas_cumprod", t, x.shape) > 0
+            pred_xstart = th.where(tells, pred_xstart, p_mean_var["pred_xstart"])
         mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
@@ -470,6 +516,8 @@ class GaussianDiffusion:
     ) -> Terms:
         """Losses of each sample at its time: dict of `loss` (N,) and, for MSE, `mse` and, if learned, `vb`.
 
+        With `min_snr_gamma`, `mse` is the weighted one, and so its part of `loss`; `vb` has no weight.
+
         Args:
             x_start: (N, C, ...); t: (N,) int; noise: as x_start, drawn if None.
         """
@@ -493,11 +541,18 @@ class GaussianDiffusion:
             ModelMeanType.EPSILON: lambda: noise,
             ModelMeanType.START_X: lambda: x_start,
             ModelMeanType.PREVIOUS_X: lambda: self.q_posterior_mean_variance(x_start, x_t, t)[0],
+            ModelMeanType.V: lambda: self._v(x_start, t, noise),
         }[self.model_mean_type]()
         assert output.shape == target.shape == x_start.shape
         terms["mse"] = mean_flat((target - output) ** 2)
+        if self.min_snr_gamma:
+            terms["mse"] = self._at("_mse_weights", t, t.shape) * terms["mse"]
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
+
+    def _v(self, x_start, t, noise):
+        alpha, sigma = self._alpha_sigma(t, x_start.shape)
+        return alpha * noise - sigma * x_start
 
     def _prior_bpd(self, x_start):
         """KL(q(x_T | x_0) || N(0, I)) in bits per dimension (N,): what no training can change."""
@@ -528,6 +583,23 @@ class GaussianDiffusion:
         terms = {"vb": th.stack(vb, 1), "xstart_mse": th.stack(xstart_mse, 1), "mse": th.stack(mse, 1)}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": terms["vb"].sum(1) + prior, "prior_bpd": prior, **terms}
+
+
+def mse_weights(alphas_cumprod: np.ndarray, gamma: float, model_mean_type: ModelMeanType) -> np.ndarray:
+    """Min-SNR weights of the MSE by time, float64 (T,): of |x_0 error|^2 whatever is predicted, min(SNR, gamma).
+
+    x_0: min(SNR, gamma);      noise: min(SNR, gamma) / SNR;      v: min(SNR, gamma) / (SNR + 1)
+
+    At SNR = 0 they are 0, 1 and 0: the output at pure noise is then taught by the times beside it alone.
+
+    Source: Hang et al. 2023 (Efficient diffusion training via Min-SNR weighting strategy), section 3.4.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return {
+        ModelMeanType.START_X: np.minimum(snr, gamma),
+        ModelMeanType.EPSILON: gamma / np.maximum(snr, gamma),
+        ModelMeanType.V: np.minimum(snr, gamma) / (snr + 1),
+    }[model_mean_type]
 
 
 def _nonzero(t, x):

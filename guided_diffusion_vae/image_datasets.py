@@ -5,6 +5,7 @@ the loop sees model latents of unit variance and the labels of one class list.
 """
 
 import contextlib
+import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from .config import UserError
 from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb
 from .data.latent_cache import MomentsDataset, cached_moments, drop_bad_images
 from .data.latent_shards import LatentShards, find_shards
-from .data.stream import BatchStream, slot_randn
+from .data.stream import POSTERIOR, SEEN, BatchStream, mix, slot_randn
 from .vae_wrapper import warn_unless_unit_variance
 
 PARTS = {"train", "val", "valid", "validation", "test"}  # names of folders that hold no person
@@ -39,6 +40,7 @@ class DataConfig:
     # mirror half of the images; False for spectrograms, because mirrored time or Doppler is another gait
     random_flip: bool = False
     num_workers: int = 1  # processes that read images when latents are not cached
+    class_balance: bool = False  # train on every user equally often, however many images there are (with class_cond)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -108,10 +110,24 @@ def describe(folder: ImageFolder, data_dir, image_size: int) -> str:
 
 def who(folder: ImageFolder | LatentShards) -> str:
     """How many classes, the first few by name, and how many each has."""
+    counts = count_users(folder)
+    shown = [f"{name} ({n})" for name, n in counts.items()]
+    more = f", ... {shown[-1]}" if len(counts) > 4 else ""
+    return f"{len(counts)} classes: {', '.join(shown[:4])}{more}"
+
+
+def count_users(folder: ImageFolder | LatentShards) -> dict[str, int]:
+    """How many images each class has."""
     counts = np.bincount(folder.labels, minlength=len(folder.class_names))
-    shown = ", ".join(f"{name} ({n})" for name, n in list(zip(folder.class_names, counts, strict=True))[:4])
-    more = f", ... {folder.class_names[-1]} ({counts[-1]})" if len(counts) > 4 else ""
-    return f"{len(counts)} classes: {shown}{more}"
+    return {name: int(n) for name, n in zip(folder.class_names, counts, strict=True)}
+
+
+def describe_counts(images_per_user: dict[str, int]) -> str:
+    """One line on how even the users are: min, median and max of their images, and who has fewest."""
+    counts = sorted(images_per_user.values())
+    fewest = [f"{name} ({n})" for name, n in sorted(images_per_user.items(), key=lambda pair: pair[1])][:4]
+    shown = f"min {counts[0]}, median {np.median(counts):g}, max {counts[-1]}"
+    return f"images per user: {shown}; fewest: {', '.join(fewest)}"
 
 
 def _list_image_files_recursively(data_dir):
@@ -183,6 +199,7 @@ def load_data_with_vae(
     latent_cache="",
     skip_bad_images=False,
     num_workers=1,
+    class_balance=False,
     say=print,
 ):
     """Endless `(z, cond)`: model latents (N, C, h, w) of unit variance, and `{"y": labels}` if `class_cond`.
@@ -190,21 +207,28 @@ def load_data_with_vae(
     Collective: call on every process. With `cache_latents` the images are encoded once (posterior mean and standard
     deviation, float32) into `.latents/` beside them and read memory-mapped; otherwise every batch is encoded anew.
     Both give the same numbers for the same seed. With `--vae_path pixel` there is nothing to encode or cache. Where
-    `data_dir` holds extracted latents instead of images, they are read as they are stored: one draw of the posterior.
+    `data_dir` holds extracted latents instead of images, they are read as they are stored: one draw of the posterior,
+    or its mean, whatever `--sample_posterior` says.
 
     Returns:
         a `LatentStream`; its `class_names` is the list that labels refer to, its `num_samples` the length of the data.
     Raises:
         UserError: see `list_images`; unreadable images; a cache, or latents, that another autoencoder made.
     """
+    if class_balance and not class_cond:
+        raise UserError("--class_balance True needs users to balance: give --class_cond True, or leave it out")
     options = {"seed": seed, "shuffle": not deterministic}
     files = find_shards(data_dir)
     if files:
         shards = open_latents(files, data_dir, vae, image_size, say, random_flip=random_flip)
         if class_cond:
             check_classes(shards, data_dir)
+        if not vae.sample_posterior and shards.posterior != "mean":
+            what = "the rows are draws" if shards.posterior else "it does not say whether the rows are draws"
+            say(f"warning: --sample_posterior False changes nothing in {data_dir}: {what} of the posterior, as stored")
+        options |= {"labels": np.asarray(shards.labels) if class_balance else None}
         stream = BatchStream(shards, batch_size, **options)
-        return LatentStream(stream, vae, class_cond=class_cond, class_names=shards.class_names, say=say)
+        return LatentStream(stream, vae, class_cond=class_cond, found=shards, say=say)
     folder = list_images(data_dir)
     if class_cond:
         check_classes(folder, data_dir)
@@ -223,19 +247,22 @@ def load_data_with_vae(
         dataset,
         batch_size,
         num_workers=0 if isinstance(dataset, MomentsDataset) else num_workers,
+        labels=np.asarray(folder.labels) if class_balance else None,
         **options,
     )
-    return LatentStream(images, vae, class_cond=class_cond, class_names=folder.class_names, say=say)
+    return LatentStream(images, vae, class_cond=class_cond, found=folder, say=say)
 
 
 class LatentStream(Iterator):
     """Turns a stream of images, cached moments or extracted latents into model latents on this process's device."""
 
-    POSTERIOR = 1  # the use number of posterior noise, see slot_randn
-
-    def __init__(self, images: BatchStream, vae, *, class_cond: bool, class_names: list[str], say=print):
-        self.images, self.vae, self.class_cond, self.class_names = images, vae, class_cond, class_names
+    def __init__(self, images: BatchStream, vae, *, class_cond: bool, found: ImageFolder | LatentShards, say=print):
+        self.images, self.vae, self.class_cond, self.class_names = images, vae, class_cond, found.class_names
         self.num_samples, self.say = images.num_samples, say
+        self.labels = np.asarray(found.labels, dtype=np.int64) if class_cond else None
+        self.images_per_user = count_users(found) if class_cond else {}
+        if class_cond and say:
+            say(describe_counts(self.images_per_user))
 
     def seek(self, step: int) -> None:
         """Continue with the batch of this step (0 = first)."""
@@ -250,13 +277,18 @@ class LatentStream(Iterator):
             return batch, cond
         z, std = posterior_of(batch, self.images.order.dataset, self.vae)
         if self.vae.sample_posterior and std is not None:
-            z = z + std * slot_randn(
-                z.shape, seed=self.images.order.seed, step=step, use=self.POSTERIOR, device=z.device
-            )
+            z = z + std * slot_randn(z.shape, seed=self.images.order.seed, step=step, use=POSTERIOR, device=z.device)
         if self.say:
             warn_unless_unit_variance(z, self.say)
             self.say = None  # once is enough
         return z, cond
+
+    def rows(self, count: int, *, seed: int) -> "HeldOut":
+        """At most so many rows, a seeded choice, none mirrored, in the form in which held-out data are judged."""
+        dataset = copy.copy(self.images.order.dataset)
+        dataset.random_flip = False
+        chosen = np.random.default_rng(mix(seed, SEEN)).permutation(len(dataset))[:count]
+        return HeldOut(dataset, self.labels, self.vae, chosen)
 
 
 def posterior_of(batch: th.Tensor, dataset: Dataset, vae) -> tuple[th.Tensor, th.Tensor | None]:
@@ -296,7 +328,8 @@ def open_latents(files: list[Path], data_dir, vae, image_size: int, say, *, rand
             f"--data_dir {data_dir} holds latents {shards.latent_shape}, but --vae_path {vae.vae_path} at --image_size"
             f" {image_size} makes {vae.latent_shape(image_size)}: give what they were extracted with, {again}"
         )
-    say(f"{len(shards)} extracted latents of {who(shards)}")
+    means = "; each is its posterior's mean" if shards.posterior == "mean" else ""
+    say(f"{len(shards)} extracted latents of {who(shards)}{means}")
     if not shards.autoencoder:
         say(f"{data_dir} does not say which autoencoder made its latents: --vae_path cannot be checked against it")
     return shards
@@ -306,30 +339,35 @@ def open_latents(files: list[Path], data_dir, vae, image_size: int, say, *, rand
 
 
 @contextlib.contextmanager
-def speaking_of(flag: str):
-    """Errors of the block name this flag where they would name `--data_dir`."""
+def speaking_of(flag: str, instead_of: str = "--data_dir"):
+    """Errors of the block name this flag where they would name another."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--data_dir", flag)) from error
+        raise UserError(str(error).replace(instead_of, flag)) from error
 
 
 class HeldOut:
-    """Data that a run is judged by: any rows of it, always the same."""
+    """Data that a run is judged by: any rows of it, always the same.
 
-    def __init__(self, dataset: Dataset, labels: np.ndarray | None, vae):
+    Args:
+        labels: of all of the dataset.
+        chosen: the indices of the rows that count; None is all.
+    """
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray | None, vae, chosen: np.ndarray | None = None):
         self.dataset, self.labels, self.vae = dataset, labels, vae
+        self.chosen = np.arange(len(dataset)) if chosen is None else chosen
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.chosen)
 
     def batch(self, indices: Sequence[int]) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """Model latents (n, C, h, w) float32 of some rows: the posterior's mean, or what was extracted."""
-        rows = np.stack([self.dataset[int(i)][0] for i in indices])
+        chosen = self.chosen[[int(i) for i in indices]]
+        rows = np.stack([self.dataset[int(i)][0] for i in chosen])
         z, _ = posterior_of(th.from_numpy(rows).to(dist_util.dev()), self.dataset, self.vae)
-        if self.labels is None:
-            return z, {}
-        return z, {"y": th.from_numpy(self.labels[[int(i) for i in indices]]).to(z.device)}
+        return z, {} if self.labels is None else {"y": th.from_numpy(self.labels[chosen]).to(z.device)}
 
 
 def load_heldout(

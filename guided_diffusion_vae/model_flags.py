@@ -33,12 +33,18 @@ def network_weights(loaded: dict, *, path="the checkpoint") -> dict[str, th.Tens
     Raises:
         UserError: no weights in it.
     """
-    parts = [loaded.get(name) for name in PARTS] if isinstance(loaded, dict) else []
-    weights = next((part for part in parts if isinstance(part, dict) and part), loaded)
+    part = part_of(loaded)
+    weights = loaded[part] if part else loaded
     if not isinstance(weights, dict) or not weights or not all(th.is_tensor(value) for value in weights.values()):
         what = "an optimizer's state" if isinstance(loaded, dict) and "param_groups" in loaded else "no weights"
         raise UserError(f"{path} holds {what}: give a model*.pt or ema_*.pt, or a checkpoint of LightningDiT")
     return {re.sub(r"^(module\.)+", "", key): value for key, value in weights.items()}
+
+
+def part_of(loaded) -> str:
+    """The name of the part that `network_weights` takes; empty where the file holds nothing but a state_dict."""
+    known = [name for name in PARTS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+    return next((name for name in known if loaded[name]), "")
 
 
 # ---- loading, or the flags that would fit

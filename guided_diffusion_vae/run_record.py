@@ -5,6 +5,7 @@ so that only `--model_path` is needed, and a flag that contradicts it is an erro
 """
 
 import platform
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -18,11 +19,20 @@ MAY_DIFFER = {"timestep_respacing", "timestep_shift", "use_fp16", "use_checkpoin
 MAY_DIFFER |= {"sample_posterior"}
 
 
-def save_run(run: Run, folder, *, class_names: list[str], autoencoder: str, latent_stats: Path | None = None) -> None:
+def save_run(
+    run: Run,
+    folder,
+    *,
+    class_names: list[str],
+    autoencoder: str,
+    latent_stats: Path | None = None,
+    images_per_user: dict[str, int] | None = None,
+) -> None:
     """Write `run.yaml`: settings first, then the record of what they met.
 
     Args:
         latent_stats: a file of latent statistics that the run needs; its copy goes beside `run.yaml`.
+        images_per_user: what it was trained on.
     """
     if latent_stats:
         with atomic_write(Path(folder) / latent_stats.name) as handle:
@@ -31,6 +41,7 @@ def save_run(run: Run, folder, *, class_names: list[str], autoencoder: str, late
     record = {
         "class_names": class_names,
         "autoencoder": autoencoder,
+        **({"images_per_user": images_per_user} if images_per_user else {}),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
     }
     with atomic_write(Path(folder) / "run.yaml") as handle:
@@ -82,3 +93,66 @@ def refuse_contradictions(run: Run, settings: dict, names) -> None:
                 f"--{name} is {given!r}, but the checkpoint was trained with {trained!r} (its run.yaml):"
                 f" leave --{name} out"
             )
+
+
+def training_in(folder) -> tuple[dict, dict]:
+    """The settings and the record of the training whose checkpoints lie in a folder; ({}, {}) if there is none."""
+    path = Path(folder) / "run.yaml"
+    if not (any(Path(folder).glob("model*.pt")) and path.is_file()):
+        return {}, {}
+    settings = read_yaml(path)
+    return settings, settings.pop(RECORD, {})
+
+
+def refuse_other_training(run: Run, folder, sections, *, flag: str = "--log_dir", fixed: tuple = ()) -> None:
+    """Raise if the checkpoints in a folder are of a training with other settings; its length, say, may change.
+
+    Args:
+        sections: what makes a training what it is, beside the seed.
+        flag: what names the folder.
+        fixed: values that none replaces, also of settings that may differ.
+    Raises:
+        UserError: names the flag, both values and the remedy.
+    """
+    trained, names = training_in(folder)[0], [field.name for section in sections for field in fields(section)]
+    for name in (name for name in ("seed", *names) if name in trained and name != "allow_download"):
+        wanted = getattr(run, name)
+        before = typed(name, trained[name], wanted, "run.yaml")
+        if before != wanted and (name not in MAY_DIFFER or before in fixed or wanted in fixed):
+            raise UserError(
+                f"--{name} is {wanted!r}, but {folder} holds a training with {before!r}:"
+                f" give that, or another {flag} for a new one"
+            )
+
+
+def refuse_other_autoencoder(run: Run, folder, fingerprint: str) -> None:
+    """Raise if the checkpoints in a folder were trained on latents of another autoencoder, or scaled otherwise.
+
+    Raises:
+        UserError: names the flag, both fingerprints and the remedy.
+    """
+    before = training_in(folder)[1].get("autoencoder", fingerprint)
+    if before != fingerprint:
+        scaled = f", scaled by the statistics of --data_dir {run.data_dir}," if run.latent_norm else ""
+        raise UserError(
+            f"--vae_path {run.vae_path}{scaled} is autoencoder {fingerprint}, but {folder} holds a training on latents"
+            f" of {before}: give what it was trained with, or another --log_dir for a new one"
+        )
+
+
+def refuse_other_classes(run: Run, folder, class_names: list[str]) -> None:
+    """Raise if the checkpoints in a folder know other users; without `--class_cond` they know none.
+
+    Raises:
+        UserError: names the flag, the first class that differs in both and the remedy.
+    """
+    before = training_in(folder)[1].get("class_names", class_names)
+    if not run.class_cond or before == class_names:
+        return
+    here, there = ([*names, "no class"] for names in (class_names, before))
+    place = next(i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])
+    raise UserError(
+        f"--data_dir {run.data_dir} has {len(class_names)} classes, number {place} of them {here[place]}, but {folder}"
+        f" holds a training on {len(before)}, there {there[place]}: give data of the same classes, or another --log_dir"
+        " for a new one"
+    )

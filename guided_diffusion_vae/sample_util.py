@@ -5,8 +5,10 @@ global generator. Per image: image number i owns a generator seeded by (seed, i)
 the same image whatever the batch size and the number of processes.
 """
 
+import contextlib
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from .checkpoint import atomic_write
 from .config import UserError
 from .data.image_folder import class_number
 from .data.stream import mix
+from .latent_transport import save_latents
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
+IN_MANIFEST = "file", "row", "user", "label"  # its first columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class SamplingConfig:
     seed: int = 0  # of all random numbers
     per_image_seed: bool = False  # image i is the same whatever the batch size and the number of processes
     save_png: bool = True  # also write PNGs, in a folder for each user
+    save_latents: bool = False  # also write latents_NxCxhxw.safetensors, for vae_train.py --generated_latents
     log_dir: str = ""  # where the samples go; empty: OPENAI_LOGDIR, else samples/ beside the model
 
     def __post_init__(self):
@@ -55,10 +60,11 @@ class SamplingConfig:
 
 
 class Batch(NamedTuple):
-    """Finished images: pixels uint8 (N, H, W, 3), labels int64 (N,) or None."""
+    """Finished images: pixels uint8 (N, H, W, 3), labels int64 (N,) or None; if kept, the model latents behind them."""
 
     pixels: np.ndarray
     labels: np.ndarray | None
+    latents: np.ndarray | None = None
 
 
 class PerImageNoise:
@@ -92,6 +98,7 @@ def sample_batches(
     seed: int = 0,
     per_image_seed: bool = False,
     progress: bool = False,
+    keep_latents: bool = False,
 ) -> Iterator[Batch]:
     """Yield finished batches in the order of the image numbers. Collective: call on every process.
 
@@ -112,6 +119,7 @@ def sample_batches(
         noise = PerImageNoise(seed, numbers, device) if per_image_seed else None
         y = draw_labels(numbers, classes, num_classes, noise, device)
         done = Batch(np.zeros((0, image_size, image_size, 3), np.uint8), None if y is None else np.zeros(0, np.int64))
+        done = done._replace(latents=np.zeros((0, *shape), np.float32) if keep_latents else None)
         if len(numbers):
             x = sampler(
                 model,
@@ -122,13 +130,11 @@ def sample_batches(
                 device=device,
                 progress=progress and rank == 0,
             )
-            done = Batch(to_pixels(vae.decode_batch(x)), None if y is None else y.cpu().numpy())
+            z = x.float().cpu().numpy() if keep_latents else None
+            done = Batch(to_pixels(vae.decode_batch(x)), None if y is None else y.cpu().numpy(), z)
         parts = dist_util.gather_objects(done)
         left = num_samples - first
-        yield Batch(
-            np.concatenate([part.pixels for part in parts])[:left],
-            None if y is None else np.concatenate([part.labels for part in parts])[:left],
-        )
+        yield Batch(*(None if column is None else column[:left] for column in join(parts)))
 
 
 def draw_labels(numbers, classes, num_classes, noise, device) -> th.Tensor | None:
@@ -146,15 +152,20 @@ def named_users(users: tuple[str, ...], class_names: list[str]) -> list[int]:
     """The labels of the users that `--users` names: as on disk, `user_07`, or 7 for the class that ends in 7; or all.
 
     Raises:
-        UserError: a user that the model does not know.
+        UserError: a user that the model does not know, or a number that two classes end in.
     """
-    known = {str(class_number(name)): i for i, name in enumerate(class_names)}
-    known |= {name: i for i, name in enumerate(class_names)}
-    words = class_names if users == ("all",) else users
-    for word in words:
-        if word.lstrip("0") not in known and word not in known:
-            raise UserError(f"--users names {word!r}, but the model knows {class_names[0]} to {class_names[-1]}")
-    return [known[word] if word in known else known[word.lstrip("0")] for word in words]
+    return [_label_of(word, class_names) for word in (class_names if users == ("all",) else users)]
+
+
+def _label_of(word: str, class_names: list[str]) -> int:
+    if word in class_names:
+        return class_names.index(word)
+    owners = [name for name in class_names if word.isdecimal() and class_number(name) == int(word)]
+    if len(owners) > 1:
+        raise UserError(f"--users names {word!r}, but {' and '.join(owners[:2])} end in it: give the full name")
+    if not owners:
+        raise UserError(f"--users names {word!r}, but the model knows {class_names[0]} to {class_names[-1]}")
+    return class_names.index(owners[0])
 
 
 def classes_in_turn(users: tuple[str, ...], class_names: list[str]) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -178,8 +189,14 @@ def to_pixels(images: th.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def save_samples(folder: Path, batch: Batch) -> Path:
-    """Write `samples_NxHxWx3.npz` (arr_0 pixels, arr_1 labels), the evaluator's format; returns its path."""
+def save_samples(folder: Path, batch: Batch, vae=None) -> Path:
+    """Write `samples_NxHxWx3.npz` (arr_0 pixels, arr_1 labels), the evaluator's format; returns its path.
+
+    Args:
+        vae: whose latents a batch holds that kept them; they are written beside it, see `save_latents`.
+    """
+    if batch.latents is not None:
+        save_latents(folder, batch.latents, batch.labels, vae)
     arrays = [batch.pixels] if batch.labels is None else [batch.pixels, batch.labels]
     path = Path(folder) / f"samples_{'x'.join(map(str, batch.pixels.shape))}.npz"
     with atomic_write(path) as handle:
@@ -224,8 +241,12 @@ def _labels(batch: Batch):
 def safe_name(class_names: list[str], label: int) -> str:
     """A class's name if it can be a file name on every system; else `class_` and its number."""
     name = class_names[label] if label < len(class_names) else ""
+    return name if _is_plain(name) else f"class_{label:03d}"
+
+
+def _is_plain(name: str) -> bool:
     plain = name.replace("_", "").replace("-", "").isalnum() and name.isascii() and len(name) < 100
-    return name if plain and not name.startswith("-") else f"class_{label:03d}"
+    return plain and not name.startswith("-")
 
 
 def save_grid(path: Path, pixels: np.ndarray, captions: list[str], columns: int, *, scale: int = 1) -> None:
@@ -255,7 +276,7 @@ def save_grids(folder: Path, batch: Batch, class_names: list[str]) -> None:
 
 
 def save_manifest(folder: Path, files: list[str], batch: Batch, class_names: list[str], about: dict) -> None:
-    """Write `manifest.csv`: for each image its file, row in the .npz, user, and what it was made with.
+    """Write `manifest.csv`: for each image its file, row in the .npz, user, label, and what it was made with.
 
     Args:
         files: of the images; fewer than images if none were written.
@@ -263,18 +284,52 @@ def save_manifest(folder: Path, files: list[str], batch: Batch, class_names: lis
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "row", "user", *about])
+    writer.writerow([*IN_MANIFEST, *about])
     for row, label in enumerate(_labels(batch)):
         user = "" if label is None else class_names[label]
-        writer.writerow([files[row] if files else "", row, user, *about.values()])
+        number = "" if label is None else int(label)
+        writer.writerow([files[row] if files else "", row, user, number, *about.values()])
     with atomic_write(Path(folder) / "manifest.csv") as handle:
         handle.write(text.getvalue().encode())
 
 
+def read_manifest(folder: Path) -> list[dict]:
+    """The rows of the `manifest.csv` that `save_manifest` wrote into a folder; none if there is no such file."""
+    path = Path(folder) / "manifest.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as handle:
+        reader = csv.DictReader(handle)
+        with contextlib.suppress(csv.Error):  # of a binary file of that name
+            ours = tuple(reader.fieldnames or ())[:3] == IN_MANIFEST[:3]  # earlier ones had no label
+            return [row for row in reader if row["file"] is not None] if ours else []
+    return []
+
+
+def remove_old_samples(folder: Path) -> None:
+    """Remove the PNGs that the folder's manifest lists, and their grids, lest they pass for those of a new run.
+
+    Nothing else: no path of a manifest leads out of `png/` and `grids/`, and a file it does not list stays.
+    """
+    root, rows = Path(folder).resolve(), read_manifest(folder)
+    listed = {row["file"] for row in rows if row["file"].startswith("png/")}
+    listed |= {f"grids/{name}.png" for name in map(_grid_name, rows) if name} | ({"grid.png"} if rows else set())
+    for path in (root / name for name in listed):
+        straight = os.path.isfile(path) and path.parent.resolve() == path.parent  # no .. and no link on the way
+        if straight and path.suffix == ".png":
+            path.unlink()
+
+
+def _grid_name(row: dict) -> str:
+    """What `safe_name` made of a row's user; empty without users."""
+    user, label = row["user"] or "", row.get("label") or ""
+    return user if _is_plain(user) else f"class_{label.zfill(3)}" if label.isdecimal() else ""
+
+
 def join(batches: list[Batch]) -> Batch:
     """Several batches as one."""
-    labels = None if batches[0].labels is None else np.concatenate([batch.labels for batch in batches])
-    return Batch(np.concatenate([batch.pixels for batch in batches]), labels)
+    columns = zip(*batches, strict=True)
+    return Batch(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
 
 class Preview:

@@ -73,6 +73,19 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaterDiffusionConfig:
+    """What the Gaussian process can that upstream's cannot; all off is upstream's."""
+
+    predict_v: bool = False  # predict v, between noise and x_0, instead of the noise
+    zero_terminal_snr: bool = False  # let the last step be pure noise; with --predict_v or --predict_xstart
+    min_snr_gamma: float = 0.0  # weight the MSE by time, with gamma of Min-SNR, published 5; 0: no weights
+
+    def __post_init__(self):
+        if not 0 <= self.min_snr_gamma < float("inf"):
+            raise UserError(f"--min_snr_gamma is {self.min_snr_gamma}; give a positive number such as 5, or 0 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
     """The noise-conditioned classifier."""
 
@@ -182,11 +195,13 @@ def create_model_and_diffusion_vae(vae, *, num_classes=NUM_CLASSES, **settings):
     Args:
         vae: a `VAEInterface`; says how many channels and how large a latent `image_size` pixels become.
         num_classes: how many users there are, if `class_cond`.
-        settings: the fields of `ModelConfig` and `DiffusionConfig`; `image_size` is in pixels.
+        settings: the fields of `ModelConfig`, `DiffusionConfig` and, if wanted, `LaterDiffusionConfig`; `image_size`
+            is in pixels.
     Raises:
         UserError: a size that the autoencoder or the U-Net cannot halve.
     """
-    process = {name: value for name, value in settings.items() if name in diffusion_defaults()}
+    of_process = field_defaults(DiffusionConfig, LaterDiffusionConfig)
+    process = {name: value for name, value in settings.items() if name in of_process}
     network = {name: value for name, value in settings.items() if name not in process or name == "learn_sigma"}
     return create_model_vae(vae, num_classes=num_classes, **network), create_diffusion_vae(vae, **process)
 
@@ -347,6 +362,7 @@ def create_classifier(
     classifier_pool,
     in_channels=3,
     num_classes=NUM_CLASSES,
+    channel_mult="",
 ):
     """An `EncoderUNetModel` from flags, with 64 channels a head."""
     return EncoderUNetModel(
@@ -356,7 +372,8 @@ def create_classifier(
         out_channels=num_classes,
         num_res_blocks=classifier_depth,
         attention_resolutions=downsample_factors(classifier_attention_resolutions, image_size),
-        channel_mult=_from_table(CHANNEL_MULT, image_size, "unsupported image size"),
+        channel_mult=parse_channel_mult(channel_mult)
+        or _from_table(CHANNEL_MULT, image_size, "unsupported image size"),
         use_fp16=classifier_use_fp16,
         num_head_channels=64,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
@@ -470,16 +487,44 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas=False,
     timestep_respacing="",
     likelihood="discretized",
+    predict_v=False,
+    zero_terminal_snr=False,
+    min_snr_gamma=0.0,
 ):
-    """The Gaussian process of these flags, respaced if asked."""
+    """The Gaussian process of these flags, respaced if asked.
+
+    Raises:
+        UserError: flags of `LaterDiffusionConfig` that do not go with the others.
+    """
+    LaterDiffusionConfig(predict_v=predict_v, zero_terminal_snr=zero_terminal_snr, min_snr_gamma=min_snr_gamma)
+    if predict_v and predict_xstart:
+        raise UserError("--predict_v True and --predict_xstart True: a network predicts one of them, leave one out")
+    if zero_terminal_snr and not (predict_v or predict_xstart):
+        raise UserError(
+            "--zero_terminal_snr True: x_0 does not follow from the noise where nothing else is left:"
+            " add --predict_v True or --predict_xstart True"
+        )
+    if min_snr_gamma and use_kl:
+        raise UserError(f"--min_snr_gamma {min_snr_gamma} weights the MSE, which --use_kl True has not: leave one out")
+    kept = space_timesteps(steps, timestep_respacing or [steps])
+    betas = gd.get_named_beta_schedule(noise_schedule, steps)
+    if zero_terminal_snr:
+        betas = gd.end_in_pure_noise(betas)
+        if kept and max(kept) != steps - 1:
+            raise UserError(
+                f"--timestep_respacing {timestep_respacing} begins at step {max(kept)}, but the pure noise of"
+                f" --zero_terminal_snr True is step {steps - 1}: give {max(len(kept), 2)}, which keeps it"
+            )
+    mean = gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON
     variance = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
     mse = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        use_timesteps=kept,
+        betas=betas,
+        model_mean_type=gd.ModelMeanType.V if predict_v else mean,
         model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else variance,
         loss_type=gd.LossType.RESCALED_KL if use_kl else mse,
         rescale_timesteps=rescale_timesteps,
         likelihood=likelihood,
+        min_snr_gamma=min_snr_gamma,
     )

@@ -42,7 +42,7 @@ class Kept(NamedTuple):
     """What a checkpoint keeps of a run."""
 
     trainer: MixedPrecisionTrainer
-    averages: list[tuple[float, list[th.Tensor]]]  # rate, tensors in the order of the trainer's masters
+    averages: list[tuple[float | str, list[th.Tensor]]]  # rate or name, tensors in the order of the trainer's masters
     opt: th.optim.Optimizer
 
 

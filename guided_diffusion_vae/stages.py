@@ -36,6 +36,7 @@ class Stage:
         command: its words.
         inputs: digests of what it reads; the stage is done again when they change.
         made: a file without which it is not done.
+        whole: whether all else that it made is there.
         goes_on: a folder of checkpoints that it goes on from, which is right with the same inputs only.
         clears: a folder that a stage that ran before may have left more in than the next will overwrite.
     """
@@ -44,6 +45,7 @@ class Stage:
     command: Callable[[], list[str]]
     inputs: Callable[[], list[str]]
     made: Callable[[], Path]
+    whole: Callable[[], bool] = lambda: True
     goes_on: Path | None = None
     clears: Path | None = None
 
@@ -82,7 +84,7 @@ def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
             command, inputs = stage.command(), stage.inputs()
             note, wanted = folder / f"{stage.name}.json", {"command": command, "inputs": inputs, "done": True}
             before = _read(note)
-            if before == wanted and stage.made().is_file():
+            if before == wanted and stage.made().is_file() and stage.whole():
                 say(f"{stage.name}: done before")
                 continue
             used = stage.goes_on and any(stage.goes_on.glob("model*.pt"))

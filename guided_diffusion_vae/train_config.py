@@ -3,7 +3,10 @@
 import re
 from dataclasses import dataclass
 
+import torch as th
+
 from .config import UserError
+from .posthoc_ema import lengths_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,19 @@ class TrainConfig:
     keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
     seed: int = 0  # order of the data, times and noise follow it
-    amp: str = "none"  # none, or bf16: the network runs in bfloat16, weights and losses stay float32
+    amp: str = "none"  # none; bf16: the network runs in bfloat16, the rest in float32; auto: bf16 on GPUs that have it
     grad_clip: float = 0.0  # largest norm of the gradient; 0 = no limit
     adam_betas: str = "0.9,0.999"  # of AdamW; LightningDiT: 0.9,0.95
     warmup_steps: int = 0  # updates over which the learning rate rises to lr
     ema_warmup: bool = False  # moving averages begin at a low rate, so that a short run forgets its initial weights
     val_dir: str = ""  # held-out data for a validation loss; the average with the lowest is kept as ema_RATE_best.pt
     val_interval: int = 0  # steps between validations; 0 = save_interval
+    patience: int = 0  # end the run after so many validations in a row without a lower loss; 0 = never
+    # end the run when 1 - (loss on as many training rows) / (validation loss) is above this in two validations in a
+    # row; 0 = never. The gap of the denoising losses is not memorisation alone: it contains how sessions differ, too
+    max_memorisation: float = 0.0
+    posthoc_ema: str = ""  # relative lengths (0.05,0.10) to keep snapshots of for scripts/posthoc_ema.py; empty = none
+    posthoc_interval: int = 0  # steps between these; 0 = a sixteenth of the run, or save_interval if it has no end
     sharding: str = "none"  # none (every process holds the model) or fsdp2 (a share of weights, optimizer and averages)
 
     def __post_init__(self):
@@ -41,18 +50,29 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         steps = "lr_anneal_steps", "warmup_steps", "max_steps", "max_epochs", "sample_interval", "val_interval"
+        steps += "patience", "max_memorisation", "posthoc_interval"
         for name in (*steps, "keep_checkpoints", "max_hours", "grad_clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in (name for name in ("patience", "max_memorisation") if getattr(self, name) and not self.val_dir):
+            raise UserError(f"--{name} {getattr(self, name)} needs --val_dir, the held-out data to judge by")
+        if self.max_memorisation >= 1:
+            raise UserError(f"--max_memorisation is {self.max_memorisation}; it is a share, below 1")
         if self.lr <= 0:
             raise UserError(f"--lr is {self.lr}; it must be above 0")
-        if self.amp not in ("none", "bf16"):
+        if self.amp not in ("none", "bf16", "auto"):
             why = "; --use_fp16 True is the half precision with loss scaling" if self.amp == "fp16" else ""
-            raise UserError(f"--amp is {self.amp!r}; choose none or bf16{why}")
+            raise UserError(f"--amp is {self.amp!r}; choose none, bf16 or auto{why}")
         if self.sharding not in ("none", "fsdp2"):
             raise UserError(f"--sharding is {self.sharding!r}; choose none or fsdp2")
         ema_rates(self.ema_rate)
         betas_of(self.adam_betas)
+        lengths_of(self.posthoc_ema)
+
+
+def in_bfloat16(amp: str) -> bool:
+    """Whether `--amp` means bfloat16 here: `auto` is where a GPU computes in it, for elsewhere it is far slower."""
+    return amp == "bf16" or amp == "auto" and th.cuda.is_available() and th.cuda.is_bf16_supported(False)
 
 
 def ema_rates(text) -> list[float]:

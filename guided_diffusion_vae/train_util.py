@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from . import dist_util, logger
 from .config import UserError
-from .data.stream import mix, slot_randn
+from .data.stream import DROPOUT, DROPPED_LABELS, NOISE, mix, slot_randn
 from .fp16_util import MixedPrecisionTrainer
 from .nn import update_ema
+from .posthoc_ema import PowerAverages, interval_of, lengths_of
 from .resample import LossAwareSampler, create_named_schedule_sampler
 from .run_state import (
     NUMBERED,
@@ -36,27 +37,28 @@ from .run_state import find_ema_checkpoint as find_ema_checkpoint
 from .sharding import Kept, create_sharding
 from .stop_signals import StopSignals
 from .train_config import TrainConfig as TrainConfig
-from .train_config import betas_of, ema_rates
+from .train_config import betas_of, ema_rates, in_bfloat16
 from .validation import Validation
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-NOISE, DROP = 2, 4  # the use numbers of training noise and of label dropout, see image_datasets.slot_randn
 
 
 class TrainLoop:
     """Trains `model` on batches from `data` until it is told to stop; writes upstream's files and log lines.
 
     Args:
-        diffusion: a GaussianDiffusion or a FlowMatching.
+        diffusion: a GaussianDiffusion or a FlowMatching; for a classifier its losses, see `noised_classifier`.
         data: an iterator of (batch, cond); if it has `seek(step)`, a resumed run goes on with the right batch. For
             `max_epochs` it has `num_samples`.
         batch_size: samples per step on this process; microbatch: samples per forward pass (<= 0: all).
-        ema_rate: a number or a string of numbers with commas.
+        ema_rate: a number or a string of numbers with commas; empty: no moving averages, the weights stand for them.
         resume_checkpoint: a model*.pt, or "auto".
         seed: None draws t and noise from the global generators, in upstream's order.
         max_steps: stop after so many steps in all; sample_fn(step): called every `sample_interval` steps on every
             process, with the first moving average in the model.
         heldout: what the validation loss is measured on, see `validation`; None is no validation.
+        max_memorisation: see `validation`; with it `data` has `rows(count, seed)`.
+        posthoc_ema: see `posthoc_ema`.
         sharding: none or fsdp2, see `sharding`.
     Raises:
         UserError: settings that contradict each other or the checkpoint.
@@ -96,6 +98,10 @@ class TrainLoop:
         heldout=None,
         val_dir="",
         val_interval=0,
+        patience=0,
+        max_memorisation=0.0,
+        posthoc_ema="",
+        posthoc_interval=0,
         sharding="none",
     ):
         assert heldout is not None or not val_dir, "whoever gives val_dir opens it and gives heldout"
@@ -108,8 +114,8 @@ class TrainLoop:
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
-        self.weight_decay, self.betas, self.amp = weight_decay, betas_of(adam_betas), amp
-        self.ema_rate, self.ema_warmup = ema_rates(ema_rate), ema_warmup
+        self.weight_decay, self.betas, self.bf16 = weight_decay, betas_of(adam_betas), in_bfloat16(amp)
+        self.ema_rate, self.ema_warmup = ema_rates(ema_rate) if ema_rate != "" else [], ema_warmup
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
         self.sample_fn, self.keep_checkpoints = sample_fn, keep_checkpoints
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
@@ -118,12 +124,17 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or create_named_schedule_sampler("uniform", diffusion)
         self.global_batch = batch_size * dist_util.world_size()
         epochs_end = math.ceil(max_epochs * data.num_samples / self.global_batch) if max_epochs else 0
+        self.val_dir = val_dir
         self.last_step = min(filter(None, (max_steps, lr_anneal_steps, epochs_end)), default=None)
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else None
         self.seed, self.progress = seed, progress
+        ends = {"patience": patience, "max_memorisation": max_memorisation}
+        ends |= {"seen": data.rows(len(heldout), seed=seed or 0) if max_memorisation else None}
         self.validation = Validation(
-            heldout, interval=val_interval or save_interval, batch_size=self.microbatch, seed=seed or 0
+            heldout, interval=val_interval or save_interval, batch_size=self.microbatch, seed=seed or 0, **ends
         )
+        between = interval_of(posthoc_interval, self.last_step, save_interval)
+        self.power = PowerAverages(lengths_of(posthoc_ema), interval=between, folder=get_blob_logdir())
         self.step = self.resume_step = 0
         self.save_seconds, self.saved_average = 0.0, None  # the file of the first moving average that was saved last
         self.unlogged = []  # (times, losses) since the last log row
@@ -144,6 +155,7 @@ class TrainLoop:
             self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, foreach=True
         )
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
+        self.power.begin(self.mp_trainer.master_params)
         self._load_averages_and_optimizer()
         self._load_run_state()
         self.ddp_model = self.sharding.wrap(self.model)
@@ -174,6 +186,7 @@ class TrainLoop:
         self.goes_on = bool(NUMBERED.search(self.resume_checkpoint))
         if self.goes_on:
             self.sharding.refuse_other(self.resume_checkpoint, self.state)
+            self.power.refuse_others(self.resume_checkpoint, self.state)
         if self.resume_checkpoint and not (self.goes_on and self.sharding.loads_weights):
             weights = dist_util.load_state_dict(self.resume_checkpoint, map_location="cpu")
             if not all(th.is_tensor(value) for value in weights.values()):
@@ -206,7 +219,8 @@ class TrainLoop:
             group["foreach"] = True
 
     def _kept(self) -> Kept:
-        return Kept(self.mp_trainer, list(zip(self.ema_rate, self.ema_params, strict=True)), self.opt)
+        averages = [*zip(self.ema_rate, self.ema_params, strict=True), *self.power.named()]
+        return Kept(self.mp_trainer, averages, self.opt)
 
     def _load_run_state(self):
         if not self.state:
@@ -225,10 +239,22 @@ class TrainLoop:
         if self.state.get("schedule_sampler") and hasattr(self.schedule_sampler, "load_state_dict"):
             self.schedule_sampler.load_state_dict(self.state["schedule_sampler"])
         if dist_util.rank0_first(self.best_average().is_file):  # or this run writes to another folder
-            self.validation.best = self.state.get("best", self.validation.best)
+            self._load_best()
         ranks = self.state["random"]
         if len(ranks) == dist_util.world_size():
             set_random_state(ranks[dist_util.rank()])
+
+    def _load_best(self):
+        """The lowest loss so far, unless it was of other held-out data; a run without any hands it on."""
+        before = self.state.get("val_dir", "")
+        if self.val_dir and before and Path(before).resolve() != Path(self.val_dir).resolve():
+            logger.warn(
+                f"--val_dir is {self.val_dir}, but the run was judged by {before}: losses of other data are no measure,"
+                f" so {self.best_average().name} starts afresh"
+            )
+            return
+        self.val_dir = self.val_dir or before
+        self.validation.load_state_dict(self.state)
 
     # ---- the loop
 
@@ -240,12 +266,15 @@ class TrainLoop:
         """
         if hasattr(self.data, "seek"):
             self.data.seek(self.resume_step)
-        if self.last_step is not None and self.resume_step >= self.last_step:
-            logger.log(f"nothing to do: step {self.resume_step} of {self.last_step} is reached")
+        reached = self.last_step is not None and self.resume_step >= self.last_step
+        over = f"step {self.resume_step} of {self.last_step} is reached" if reached else self.validation.ends
+        if over:
+            logger.log(f"nothing to do: {over}")
             return
+        self.power.forget(self.resume_step)
         saved = None
         with StopSignals() as stop, self._progress_bar() as bar:
-            while self.last_step is None or self.step + self.resume_step < self.last_step:
+            while not (self.validation.ends or self.step + self.resume_step == self.last_step):
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
                 step = self.step + self.resume_step
@@ -254,6 +283,7 @@ class TrainLoop:
                     self._dump_log(bar, self.step + 1)
                 bar.update(1)
                 self.step += 1
+                self._snapshot(step + 1)  # before the checkpoint, which would not write it again
                 if step % self.save_interval == 0:
                     self.save()
                     saved = step
@@ -288,7 +318,7 @@ class TrainLoop:
         self.logged = now, done
         logger.logkv("images_per_second", speed)
         row = logger.dumpkvs()
-        bar.set_postfix(loss=f"{row['loss']:.4f}", img_s=f"{speed:.1f}", refresh=False)
+        bar.set_postfix(loss=f"{row[log_prefix(self.diffusion) + 'loss']:.4f}", img_s=f"{speed:.1f}", refresh=False)
 
     def _reason_to_stop(self, stop) -> str:
         """Collective: call on every process. Why the run should end here, or an empty string; looked at every step."""
@@ -305,10 +335,11 @@ class TrainLoop:
     def run_step(self, batch, cond):
         """One update of the weights and their averages; returns the mean loss as a 0-d tensor."""
         if self.seed is not None:
-            th.manual_seed(mix(self.seed, self.step + self.resume_step, dist_util.rank()))  # dropout
+            th.manual_seed(mix(self.seed, self.step + self.resume_step, dist_util.rank(), DROPOUT))
         loss = self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
+        self.power.update(self.mp_trainer.master_params, self.step + self.resume_step + 1)
         self._anneal_lr()
         self.log_step()
         return loss
@@ -317,7 +348,7 @@ class TrainLoop:
         """Gradients of the loss of one batch, summed over microbatches as upstream does."""
         self.mp_trainer.zero_grad()
         drawn, cond = self._draw(batch), self._with_dropped_labels(cond, len(batch))
-        model = self._in_bfloat16 if self.amp == "bf16" else self.ddp_model
+        model = self._in_bfloat16 if self.bf16 else self.ddp_model
         loss = th.zeros((), device=dist_util.dev())
         for i in range(0, batch.shape[0], self.microbatch):
             part = slice(i, i + self.microbatch)
@@ -356,7 +387,8 @@ class TrainLoop:
         if self.seed is None or p <= 0 or "y" not in cond:
             return cond
         (rank, size), device = (dist_util.rank(), dist_util.world_size()), dist_util.dev()
-        generator = th.Generator(device=device).manual_seed(mix(self.seed, self.step + self.resume_step, DROP))
+        seed = mix(self.seed, self.step + self.resume_step, DROPPED_LABELS)
+        generator = th.Generator(device=device).manual_seed(seed)
         drop = th.rand(n * size, generator=generator, device=device) < p
         return {**cond, "drop": drop[rank * n : (rank + 1) * n]}
 
@@ -399,9 +431,16 @@ class TrainLoop:
                 weights = self.sharding.gather(averaged)
                 self.validation.judge(self.model, self.diffusion, weights, number, self.best_average())
 
+    def _snapshot(self, t: int):
+        if self.power.due(t, ends=t == self.last_step or bool(self.validation.ends)):
+            self.power.write(t, lambda p: self.sharding.gather(self.mp_trainer.master_params_to_state_dict(p)))
+
     def best_average(self) -> Path:
-        """The file of the first moving average with the lowest validation loss."""
-        return Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_best.pt")
+        """The file of the first moving average, or of the weights, with the lowest validation loss."""
+        return Path(get_blob_logdir() or "", f"ema_{self.ema_rate[0]}_best.pt" if self.ema_rate else "model_best.pt")
+
+    def _average_name(self, number: int) -> str:
+        return f"ema_{self.ema_rate[0]}_{number:06d}.pt" if self.ema_rate else f"model{number:06d}.pt"
 
     @contextlib.contextmanager
     def _average_in_place(self):
@@ -413,7 +452,7 @@ class TrainLoop:
         self.model.eval()
         kept = [param.detach().clone() for param in self.model.parameters()]
         random_state = get_random_state()
-        averaged = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
+        averaged = self.mp_trainer.master_params_to_state_dict((*self.ema_params, self.mp_trainer.master_params)[0])
         try:
             self.model.load_state_dict(averaged)
             with self.sharding.evaluating(self.model):
@@ -440,24 +479,26 @@ class TrainLoop:
             "global_batch": self.global_batch,
             "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
             "random": dist_util.gather_objects(get_random_state()),
-            "best": self.validation.best,
+            "val_dir": str(self.val_dir),
+            "posthoc_ema": self.power.lengths,
+            **self.validation.state_dict(),
         }
         if hasattr(self.schedule_sampler, "state_dict"):
             state["schedule_sampler"] = self.schedule_sampler.state_dict()
         number = done - 1 if name_step is None else name_step
         folder = Path(get_blob_logdir())
-        for what in (0, *self.ema_rate) if dist_util.rank() == 0 else ():
+        for what in (0, *(name for name, _ in self._kept().averages)) if dist_util.rank() == 0 else ():
             logger.log(f"saving model {what}...")
         self.sharding.save(folder, number, self._kept(), state)
         if self.keep_checkpoints:
             dist_util.rank0_first(lambda: prune(folder, self.keep_checkpoints))
-        self.saved_average = folder / f"ema_{self.ema_rate[0]}_{number:06d}.pt"
+        self.saved_average = folder / self._average_name(number)
         self.save_seconds = time.monotonic() - begin
 
     def newest_average(self) -> Path:
         """The file of the first moving average that was saved last."""
         resumed = Path(self.resume_checkpoint)
-        return self.saved_average or resumed.with_name(f"ema_{self.ema_rate[0]}_{self._named_step():06d}.pt")
+        return self.saved_average or resumed.with_name(self._average_name(self._named_step()))
 
 
 def get_blob_logdir():
@@ -470,10 +511,16 @@ def find_resume_checkpoint():
     return None
 
 
+def log_prefix(diffusion) -> str:
+    """What stands before the names of a training's losses in the log: train_ for a classifier's, as upstream."""
+    return getattr(diffusion, "log_prefix", "")
+
+
 def log_loss_dict(diffusion, ts, losses):
     """Add per-sample losses to the log: their mean, and the mean in each quarter of the times."""
     quarters = [min(3, int(4 * t / diffusion.num_timesteps)) for t in ts.tolist()]
     for name, values in losses.items():
+        name = log_prefix(diffusion) + name
         logger.logkv_mean(name, values.mean().item())
         for quarter, value in zip(quarters, values.tolist(), strict=True):
             logger.logkv_mean(f"{name}_q{quarter}", value)

@@ -20,7 +20,8 @@ from .autoencoders.kl import KLAutoencoder, KLConfig
 from .autoencoders.objectives import Objective, ObjectiveConfig, restore_from_training_checkpoint
 from .config import UserError
 from .data.vae_data import VAEDataConfig
-from .vae_wrapper import open_autoencoder
+from .latent_transport import Moments, Transport, read_latents
+from .vae_wrapper import LatentScale, open_autoencoder
 
 KL = "kl"
 MODELS = {"celeba": CelebaVAE, "mnist": MnistVAE}  # the plain VAEs
@@ -94,7 +95,7 @@ class VAEModelConfig:
 class PlainTask(nn.Module):
     """recon + beta KL of a plain VAE."""
 
-    discriminator = None
+    discriminator = generated = None
 
     def __init__(self, model: VAEBase, beta: float = 1.0):
         super().__init__()
@@ -132,6 +133,9 @@ class PlainTask(nn.Module):
 
 class KLTask(nn.Module):
     """The full objective of a KL autoencoder: pixels, LPIPS, KL, discriminator, alignment."""
+
+    latent_scale: LatentScale | None = None  # of the published file; None: measured
+    generated: th.Tensor | None = None  # latents of a generator, see `DecoderTask`
 
     def __init__(self, model: KLAutoencoder, objective: Objective):
         super().__init__()
@@ -192,14 +196,96 @@ class KLTask(nn.Module):
         return self.model.decode(z.to(next(self.model.parameters()).device))
 
 
-def create_task(config: VAEModelConfig, objective: ObjectiveConfig, *, image_size: int, ckpt: str = "", say=print):
+class DecoderTask(KLTask):
+    """The same objective for the decoder alone, on encoded latents and on those moved to generated ones' statistics.
+
+    The encoder keeps its bits, so that the latents, and every diffusion model that was trained on them, stay valid.
+
+    Args:
+        scale: that the published file keeps; None: measured, as of any autoencoder that tells none.
+        generated: raw latents of a generator, (N, C, h, w); None: the decoder learns from encoded ones only.
+    """
+
+    def __init__(self, model: KLAutoencoder, objective: Objective, *, scale=None, generated: th.Tensor | None = None):
+        super().__init__(model, objective)
+        self.latent_scale, self.generated, self.transport = scale, generated, None
+        model.origin = model.origin or {name: p.detach().clone() for name, p in model.decoding().items()}
+        model.requires_grad_(False)
+        for parameter in model.decoding().values():
+            parameter.requires_grad_(True)
+
+    @th.no_grad()
+    def measure(self, images) -> Transport:
+        """Fit the map from the latents of these images, given in parts, to the generated ones."""
+        source, target = Moments(self.model.config.embed_dim), Moments(self.model.config.embed_dim)
+        target.add(self.generated)
+        self.model.eval()
+        for part in images:
+            posterior = self.model.encode(part)
+            source.add(posterior.mean, posterior.std)
+        self.model.train()
+        self.transport = Transport(source, target).to(next(self.model.parameters()).device)
+        return self.transport
+
+    def loss(self, images: th.Tensor, noise: th.Tensor, step: int, amount: th.Tensor | None = None):
+        """(loss, its terms, reconstructions) of images with the given noise of z.
+
+        Args:
+            amount: (N,) in [0, 1], how far each latent is moved; its image is the target before and after.
+        """
+        self.model.encoder.eval()  # its dropout would make other latents
+        with th.no_grad(), self.precision():
+            posterior = self.model.encode(images)
+        z, targets = posterior.sample(noise), images
+        if self.transport is not None:
+            z, targets = th.cat([z, self.transport(z, amount)]), th.cat([images, images])
+        with self.precision():
+            recon = self.model.decode(z)
+        recon = recon.to(images.dtype)
+        last = self.model.decoder.conv_out.weight
+        loss, terms = self.objective.autoencoder_loss(
+            targets, recon, posterior, z, step=step, encoder_last=last, decoder_last=last
+        )
+        if self.transport is not None:
+            near, far = ((r - images).detach().abs().mean() for r in recon.chunk(2))
+            terms |= {"encoded_l1": near, "moved_l1": far}
+        return loss, terms, recon.detach()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What its first optimiser trains."""
+        return list(self.model.decoding().values())
+
+    def load_state_dict(self, state, *args, **kwargs):
+        """Raises KeyError: of another encoder."""
+        for name, value in super().state_dict().items():
+            frozen = name.startswith(("model.encoder.", "model.quant_conv."))
+            if frozen and not th.equal(state[name].to(value.device), value):
+                raise KeyError(name)
+        return super().load_state_dict(state, *args, **kwargs)
+
+
+def create_task(
+    config: VAEModelConfig,
+    objective: ObjectiveConfig,
+    *,
+    image_size: int,
+    ckpt: str = "",
+    decoder_only: bool = False,
+    generated_latents: str = "",
+    say=print,
+):
     """The task of a training run, on a new network or on that of a checkpoint.
 
     Args:
         ckpt: of a KL autoencoder, what `--vae_path` takes; its architecture is then the file's. A VA-VAE training
             checkpoint also gives its discriminator, LPIPS, projection and foundation model to the parts that want them.
             Of a plain VAE, a checkpoint of vae_train.py.
+        decoder_only, generated_latents: see `VAETrainConfig`.
     """
+    if decoder_only and config.model != KL:
+        raise UserError(f"--decoder_only True is for --model kl, not {config.model}, which has no map of latents")
+    if decoder_only and objective.use_vf != "none":
+        raise UserError(f"--use_vf {objective.use_vf} aligns the encoder, which --decoder_only True leaves: give none")
     if config.model != KL:
         if not ckpt:
             return PlainTask(config.build(image_size), config.beta)
@@ -213,11 +299,17 @@ def create_task(config: VAEModelConfig, objective: ObjectiveConfig, *, image_siz
             )
         return PlainTask(task.model.train(), config.beta)
     if ckpt:
-        model, _ = open_autoencoder(ckpt)
+        model, scale = open_autoencoder(ckpt)
         say(f"starting from {ckpt}: f{model.config.downsample}, {model.config.embed_dim} channels of latents")
     else:
         model = config.build(image_size)
-    task = KLTask(model, Objective(objective, model.config.embed_dim, model.config.in_channels))
+    parts = Objective(objective, model.config.embed_dim, model.config.in_channels)
+    if decoder_only:
+        generated = read_latents(generated_latents, model) if generated_latents else None
+        task = DecoderTask(model, parts, scale=scale, generated=generated)
+    else:
+        model.origin = None  # its encoder will learn, too: another latent space
+        task = KLTask(model, parts)
     if ckpt.endswith((".pt", ".ckpt")):
         found = restore_from_training_checkpoint(task.objective, checkpoint.load_state_dict(ckpt))
         say(f"from the same file: {', '.join(found) or 'nothing else'}")

@@ -20,14 +20,15 @@ from . import checkpoint, dist_util, logger
 from .autoencoders.kl import KLAutoencoder
 from .autoencoders.objectives import check_finite
 from .config import UserError
-from .data.stream import BatchStream, mix, slot_randn
+from .data.stream import AMOUNT, DROPOUT, POSTERIOR, BatchStream, mix, slot_randn
 from .fp16_util import TrainingDiverged
 from .nn import update_ema
 from .sample_util import save_grid, to_pixels
 from .train_util import StopSignals, betas_of
 from .vae_wrapper import save_autoencoder
 
-POSTERIOR = 1  # the use number of posterior noise, see image_datasets.slot_randn
+PLACES = "out_dir", "ckpt", "generated_latents"  # settings that a published file keeps to itself
+TRANSPORT_IMAGES = 1024  # images whose latents are compared with generated ones
 GRID = 32  # images in recon_grid.png and samples_grid.png
 VALIDATION = 256  # images that an epoch is judged by
 
@@ -39,6 +40,10 @@ class VAETrainConfig:
     out_dir: str = ""  # where it goes; empty: runs/vae/{dataset}_{model}_z{latent}_s{size}
     name: str = "autoencoder"  # a finished KL autoencoder is OUT_DIR/NAME.safetensors
     ckpt: str = ""  # start from these weights: what --vae_path takes, or a checkpoint of this script
+    decoder_only: bool = False  # leave the encoder of --ckpt as it is: its latents and all models of them stay valid
+    # with it: a latents_NxCxhxw.safetensors that image_sample_vae.py --save_latents True wrote; the decoder then also
+    # learns from encoded latents that are moved, by random amounts, to the mean and covariance of these
+    generated_latents: str = ""
     batch_size: int = 16  # images per step and process
     microbatch: int = -1  # images per forward pass; -1 = the whole batch
     epochs: int = 20  # passes over the data
@@ -65,6 +70,10 @@ class VAETrainConfig:
         for name in ("max_steps", "save_interval", "save_epochs", "warmup_steps", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.decoder_only and not self.ckpt:
+            raise UserError("--decoder_only True needs --ckpt, the autoencoder whose decoder is tuned")
+        if self.generated_latents and not self.decoder_only:
+            raise UserError(f"--generated_latents {self.generated_latents} needs --decoder_only True")
         if self.lr <= 0:
             raise UserError(f"--lr is {self.lr}; it must be above 0")
         if self.lr_schedule not in ("cosine", "constant"):
@@ -105,14 +114,28 @@ class VAETrainer:
         settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "foreach": True}
         self.opt = AdamW(self.params, **settings)
         self.judge, self.judge_opt = judge, AdamW(judge, **settings) if judge else None
-        self.ema = [p.detach().clone() for p in self.model.parameters()]
+        self.ema = [p.detach().clone() for p in self._learning().values()]
         self.step = 0
         self.data, self.scale_data = (BatchStream(train, config.batch_size, seed=config.seed + i) for i in (0, 1))
+        if task.generated is not None:
+            self._measure_transport(min(len(train), TRANSPORT_IMAGES))
         self.epoch_steps = max(1, len(train) // (config.batch_size * dist_util.world_size()))
         self.last_step = config.max_steps or config.epochs * self.epoch_steps
         logger.log(f"training on {len(train)} images: {self.last_step} steps, {self.epoch_steps} an epoch")
         if dist_util.rank0_first((self.folder / "last.pt").is_file):
             self._resume()
+
+    def _learning(self) -> dict[str, th.nn.Parameter]:
+        """The parameters of the published network that are trained."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _measure_transport(self, count: int) -> None:
+        """On the same images whatever the number of processes."""
+        parts = th.arange(count).split(GRID)
+        images = (th.stack([th.as_tensor(self.scale_data.order[int(i)]) for i in part]) for part in parts)
+        transport = self.task.measure(part.to(self.device) for part in images)
+        dist_util.sync_params(transport.buffers())
+        logger.log(f"generated latents: encoded ones are moved by up to {transport.reach:.1%} of their spread (rms)")
 
     @property
     def epoch(self) -> int:
@@ -126,9 +149,9 @@ class VAETrainer:
             differ = self.task.load_state_dict(state["task"], strict=False)
             if differ.unexpected_keys or set(differ.missing_keys) & set(self.task.state_dict()):
                 raise KeyError(path)
-        except (RuntimeError, KeyError) as error:
+            self.opt.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path} is of another autoencoder: remove it, or choose another --out_dir") from error
-        self.opt.load_state_dict(state["optimizer"])
         if self.judge_opt:
             self.judge_opt.load_state_dict(state["disc_optimizer"])
         self.ema, self.step = state["ema"], state["step"]
@@ -175,14 +198,18 @@ class VAETrainer:
         images = batch.to(self.device)
         for group in [*self.opt.param_groups, *(self.judge_opt.param_groups if self.judge_opt else [])]:
             group["lr"] = self.learning_rate()
-        th.manual_seed(mix(self.config.seed, self.step, dist_util.rank()))  # dropout
+        th.manual_seed(mix(self.config.seed, self.step, dist_util.rank(), DROPOUT))
         shape = (len(images), *self.task.latent_shape(self.image_size))
         noise = slot_randn(shape, seed=self.config.seed, step=self.step, use=POSTERIOR, device=self.device)
+        draws = [noise]
+        if self.task.generated is not None:
+            normal = slot_randn((len(images),), seed=self.config.seed, step=self.step, use=AMOUNT, device=self.device)
+            draws.append(th.special.ndtr(normal))  # even in [0, 1]
         size = self.config.microbatch if self.config.microbatch > 0 else len(images)
         terms, recons = {}, []
         self.opt.zero_grad(set_to_none=True)
-        for part, part_noise in zip(images.split(size), noise.split(size), strict=True):
-            loss, found, recon = self.task.loss(part, part_noise, self.step)
+        for part, part_noise, *amount in zip(images.split(size), *(d.split(size) for d in draws), strict=True):
+            loss, found, recon = self.task.loss(part, part_noise, self.step, *amount)
             share = len(part) / len(images)
             (loss * (share / part[0].numel())).backward()
             terms = {name: terms.get(name, 0) + share * value for name, value in found.items()}
@@ -197,7 +224,7 @@ class VAETrainer:
                 terms |= {name: terms.get(name, 0) + share * value for name, value in found.items()}
             self._advance(self.judge_opt, self.judge)
         rate = min(self.config.ema_rate, (1 + self.step) / (10 + self.step))
-        update_ema(self.ema, self.model.parameters(), rate=rate)
+        update_ema(self.ema, self._learning().values(), rate=rate)
         return terms
 
     def _advance(self, opt, params):
@@ -264,9 +291,8 @@ class VAETrainer:
 
     def averaged(self) -> dict[str, th.Tensor]:
         """The model's state_dict with the moving average of the weights (the weights themselves without one)."""
-        names = [name for name, _ in self.model.named_parameters()]
-        values = self.ema if self.config.ema_rate else [p.detach() for p in self.model.parameters()]
-        return {**self.model.state_dict(), **dict(zip(names, values, strict=True))}
+        values = self.ema if self.config.ema_rate else [p.detach() for p in self._learning().values()]
+        return {**self.model.state_dict(), **dict(zip(self._learning(), values, strict=True))}
 
     @contextlib.contextmanager
     def average_in_place(self):
@@ -290,12 +316,14 @@ class VAETrainer:
     def _publish(self) -> None:
         """Write the averaged KL autoencoder with the scale that fits what is written, rounded weights and all."""
         if self.config.half:
-            self.model.load_state_dict({k: v.half().float() for k, v in self.model.state_dict().items()})
-        scale = self.measure_scale()
+            rounded = {name: p.detach().half().float() for name, p in self._learning().items()}
+            self.model.load_state_dict({**self.model.state_dict(), **rounded})
+        scale = self.task.latent_scale or self.measure_scale()
         path = self.folder / f"{self.config.name}.safetensors"
-        about = {k: v for k, v in asdict(self.config).items() if k not in ("out_dir", "ckpt")}
+        about = {k: v for k, v in asdict(self.config).items() if k not in PLACES}
         save_autoencoder(self.model, path, scale, half=self.config.half, about=about)
-        logger.log(f"wrote {path} (step {self.step}, scale factor {scale:.5g})")
+        shown = f"scale factor {scale:.5g}" if isinstance(scale, float) else "scale and latents as before"
+        logger.log(f"wrote {path} (step {self.step}, {shown})")
 
 
 def show_grid(path: Path, images: th.Tensor, columns: int = 8) -> None:

@@ -25,6 +25,7 @@ from .config import UserError
 SD_SCALE = 0.18215  # 1 / standard deviation of Stable Diffusion's latents (Rombach et al. 2022, appendix G)
 SHIPPED = ("microdoppler-f4",)
 PIXEL = "pixel"
+ORIGIN = "origin."  # before the names of the weights that a tuned decoder had before
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 STATS = "latents_stats.pt"  # mean and standard deviation of each channel of raw latents, under LightningDiT's name
 CHUNK_PIXELS = 256 * 256  # larger images go in smaller chunks
@@ -62,6 +63,17 @@ class LatentScale:
     def of_std(self, std_raw):
         """A standard deviation is scaled, not shifted."""
         return std_raw * along_channels(self.scale, std_raw)
+
+    def words(self) -> dict[str, str]:
+        """The map as metadata of a file, to the last digit."""
+        shift = {"shift": json.dumps(self.shift)} if self.shift != 0 else {}
+        return {"scale_factor": json.dumps(self.scale), **shift}
+
+    @classmethod
+    def of_words(cls, metadata: dict[str, str]) -> "LatentScale":
+        """What `words` wrote."""
+        found = [json.loads(metadata.get(name, "0.0")) for name in ("scale_factor", "shift")]
+        return cls(*(tuple(map(float, value)) if isinstance(value, list) else float(value) for value in found))
 
 
 def along_channels(value, like: th.Tensor):
@@ -123,6 +135,16 @@ class VAEInterface(nn.Module):
     def weights_fingerprint(self) -> str:
         """16 hexadecimal digits that change with any weight: what raw latents depend on."""
         return PIXEL if self.is_pixel else fingerprint(self.vae)
+
+    @cached_property
+    def decoder_fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any weight of the decoder in use, tuned or not."""
+        return PIXEL if self.is_pixel else fingerprint(self.vae.decoder)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Whose latents, and which decoder, for the record of what was decoded."""
+        return {"autoencoder": self.fingerprint, "decoder": self.decoder_fingerprint}
 
     @property
     def scale_factor(self) -> float | tuple[float, ...]:
@@ -313,18 +335,42 @@ def from_file(path: Path) -> tuple[KLAutoencoder, LatentScale | None]:
         ours = "scale_factor" in metadata and "config" in metadata
         groups = json.loads(metadata["config"])["norm_groups"] if ours else 32
         model = from_state_dict(state_dict, norm_groups=groups)
+        model.origin = tuned_from(state_dict, model) if ours else None
     except UserError as error:
         raise UserError(f"--vae_path {str(error) if str(path) in str(error) else f'{path}: {error}'}") from error
     if ours:
-        return model, LatentScale(float(metadata["scale_factor"]))
+        scale, said = LatentScale.of_words(metadata), metadata.get("latent_space")
+        if said and said != fingerprint(model, scale):
+            raise UserError(
+                f"--vae_path {path} says that it decodes latents of {said}, but its encoder's are of"
+                f" {fingerprint(model, scale)}: it was altered; tune the decoder again with scripts/vae_train.py"
+            )
+        return model, scale
     like_sd = (model.config.embed_dim, model.config.downsample) == (4, 8)
     return model, LatentScale(SD_SCALE) if like_sd else None
 
 
-def save_autoencoder(model: KLAutoencoder, path, scale_factor: float, *, half: bool = False, about=None) -> None:
+def tuned_from(state_dict: dict[str, th.Tensor], model: KLAutoencoder) -> dict[str, th.Tensor] | None:
+    """The weights that a file's decoder was tuned from; None if it is as it was trained with its encoder.
+
+    With them the fingerprint of the latent space is computed anew from the file: no word in it is believed.
+    """
+    origin = {key.removeprefix(ORIGIN): v.float() for key, v in state_dict.items() if key.startswith(ORIGIN)}
+    if origin and {k: v.shape for k, v in origin.items()} != {k: v.shape for k, v in model.decoding().items()}:
+        raise UserError("the weights that its decoder was tuned from are not a decoder's: the file was altered")
+    return origin or None
+
+
+def save_autoencoder(
+    model: KLAutoencoder, path, scale_factor: float | LatentScale, *, half: bool = False, about=None
+) -> None:
     """Write a KL autoencoder as the single file that `--vae_path` takes, with its configuration and its scale.
 
+    Of a tuned decoder (`model.origin`), the file also holds the decoder it was tuned from, and which latent space both
+    decode; then the half of the weights that fingerprints the latent space keeps its bits.
+
     Args:
+        scale_factor: a number is rounded to five digits, a `LatentScale` is kept as it is.
         half: in float16, half the size.
         about: plain values to keep with it, such as how it was trained.
     Raises:
@@ -332,8 +378,16 @@ def save_autoencoder(model: KLAutoencoder, path, scale_factor: float, *, half: b
     """
     from safetensors.torch import save
 
-    weights = {k: (v.half() if half else v).contiguous().cpu() for k, v in model.state_dict().items()}
-    metadata = {"config": json.dumps(model.config_dict()), "scale_factor": f"{scale_factor:.5g}"}
+    scale = scale_factor if isinstance(scale_factor, LatentScale) else LatentScale(float(f"{scale_factor:.5g}"))
+    origin = model.origin or {}
+    weights = {f"{ORIGIN}{key}": value for key, value in origin.items()}
+    exact = {*weights, *(model.state_dict().keys() - origin.keys() if origin else ())}
+    weights |= model.state_dict()
+    for key, value in weights.items():
+        whole = key in exact and not th.equal(value.half().float(), value)
+        weights[key] = (value.half() if half and not whole else value).contiguous().cpu()
+    metadata = {"config": json.dumps(model.config_dict()), **scale.words()}
+    metadata |= {"latent_space": fingerprint(model, scale)} if origin else {}
     with checkpoint.atomic_write(path) as handle:
         handle.write(save(weights, {**metadata, **({"trained": json.dumps(about)} if about else {})}))
 
@@ -403,9 +457,13 @@ def one_line(error: Exception) -> str:
 
 
 def fingerprint(model: nn.Module, scale: LatentScale | None = None) -> str:
-    """16 hexadecimal digits that change with any weight and, if it is given, with the scale."""
+    """16 hexadecimal digits that change with any weight and, if it is given, with the scale.
+
+    A tuned decoder's weights do not count, but those it was tuned from: the latents are the same, and so is their name.
+    """
     digest = hashlib.sha256(repr(scale).encode() if scale else b"")
-    for key, value in sorted(model.state_dict().items()):
+    weights = {**model.state_dict(), **(getattr(model, "origin", None) or {})}
+    for key, value in sorted(weights.items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ the judge of identity and the feature space. Prints a table; writes report.json 
 
 from pathlib import Path
 
-from evaluations.image_sets import read_folder, read_samples, renumber
+from evaluations.image_sets import read_real, read_samples, renumber
 from evaluations.measure import EvaluationConfig, evaluate
 from evaluations.report import comparison, save_picture
 from guided_diffusion_vae import dist_util
@@ -20,10 +20,9 @@ def main(argv=None):
     if run.dry_run:
         print(run)
         return
-    samples = read_samples(run.samples)
-    size = samples.pixels.shape[1:3]
-    train = read_folder(run.real_dir, "--real_dir", size)
-    heldout = renumber(read_folder(run.heldout_dir, "--heldout_dir", size), train.class_names, "--heldout_dir")
+    skip = {"skip_bad_images": run.skip_bad_images}
+    samples = read_samples(run.samples, **skip)
+    train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
     samples = renumber(samples, train.class_names, "--samples")
 
     report = evaluate(train, heldout, samples, epochs=run.judge_epochs, seed=run.seed, progress=True)

@@ -8,29 +8,25 @@ Only --model_path is needed: run.yaml beside the checkpoint supplies the rest. A
 """
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 
-from guided_diffusion_vae import dist_util, logger
-from guided_diffusion_vae.assembly import (
-    NETWORK_SECTIONS,
-    NUM_CLASSES,
-    SamplerConfig,
-    create_process,
-    create_sampler,
-    load_network,
-    refuse_unfit,
-)
+from guided_diffusion_vae import assembly, dist_util, logger
+from guided_diffusion_vae.assembly import NETWORK_SECTIONS, NUM_CLASSES, SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
 from guided_diffusion_vae.config import create_argparser, parse_run
-from guided_diffusion_vae.guidance import GuidanceConfig, guide
+from guided_diffusion_vae.guidance import GuidanceConfig
+from guided_diffusion_vae.guides import digests, with_guides
 from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.noised_classifier import LatentClassifierConfig
 from guided_diffusion_vae.run_record import read_run, refuse_contradictions
 from guided_diffusion_vae.sample_util import (
     PngWriter,
     SamplingConfig,
     classes_in_turn,
     join,
+    remove_old_samples,
     sample_batches,
     save_grids,
     save_manifest,
@@ -40,11 +36,11 @@ from guided_diffusion_vae.train_util import TrainConfig
 from guided_diffusion_vae.vae_wrapper import PIXEL, VAEConfig, load_vae
 
 NETWORK = (*NETWORK_SECTIONS, VAEConfig)
-OURS = (SamplingConfig, SamplerConfig, GuidanceConfig)
+OURS = (SamplingConfig, SamplerConfig, GuidanceConfig, LatentClassifierConfig)
 TRAINING = (DataConfig, TrainConfig)
-ALIASES = {"users": "user_ids"}
+ALIASES = {"users": "user_ids", "cfg_scale": "condition_scale"}
 RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing")
-RECORDED += ("timestep_respacing", "cfg_scale", "cfg_interval", "cfg_channels", "model_path")
+RECORDED += ("timestep_respacing", *(field.name for field in fields(GuidanceConfig)), "model_path")
 
 
 def main(argv=None):
@@ -55,7 +51,7 @@ def main(argv=None):
     refuse_contradictions(run, settings, network_names)
     if "clip_denoised" not in run.given:
         run = run.replace(clip_denoised=run.vae_path == PIXEL)
-    refuse_unfit(run)
+    assembly.refuse_unfit(run)
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
@@ -63,42 +59,49 @@ def main(argv=None):
     dist_util.setup_dist()
     beside_model = Path(run.model_path).parent / "samples"
     logger.configure(dir=run.log_dir or os.getenv("OPENAI_LOGDIR") or str(beside_model))
+    if ignored := assembly.ignored_in_sampling(run):
+        logger.warn(f"without effect: {', '.join(ignored)}")
 
     logger.log("creating model and diffusion...")
     stats = Path(run.model_path).with_name("latents_stats.pt")
-    expected = record.get("autoencoder")
-    vae = load_vae(run.section(VAEConfig), expected=expected, latent_stats=stats).to(dist_util.dev())
+    vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats).to(dist_util.dev())
     class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
-    model = load_network(run, vae, num_classes=len(class_names))
-    process = create_process(run, vae, run.section(SamplerConfig))
+    model = assembly.load_network(run, vae, num_classes=len(class_names))
+    process = assembly.create_process(run, vae, run.section(SamplerConfig))
+    model, cond_fn, class_names, labelled = with_guides(run, model, process, vae, class_names)
 
     logger.log("sampling...")
-    batches, files = [], []
+    batches, files, begin = [], [], time.monotonic()
     png = PngWriter(Path(logger.get_dir()) / "png", class_names)
     for batch in sample_batches(
-        guide(model, process, run.section(GuidanceConfig)),
-        create_sampler(run.section(SamplerConfig), process),
+        model,
+        assembly.create_sampler(run.section(SamplerConfig), process, cond_fn),
         vae,
         image_size=run.image_size,
         num_samples=run.section(SamplingConfig).count(class_names),
         batch_size=run.batch_size,
-        classes=classes_in_turn(run.users, class_names) if run.class_cond else None,
-        num_classes=len(class_names) if run.class_cond else None,
+        classes=classes_in_turn(run.users, class_names) if labelled else None,
+        num_classes=len(class_names) if labelled else None,
         seed=run.seed,
         per_image_seed=run.per_image_seed,
         progress=True,
+        keep_latents=run.save_latents,
     ):
+        if dist_util.rank() == 0 and not batches:  # only now: a command that cannot sample must not cost the old ones
+            remove_old_samples(Path(logger.get_dir()))
         if dist_util.rank() == 0 and run.save_png:
             files += [f"png/{name}" for name in png.write(batch)]
         batches.append(batch)
-        logger.log(f"created {sum(len(batch.pixels) for batch in batches)} samples")
+        done = sum(len(batch.pixels) for batch in batches)
+        logger.log(f"created {done} samples, {done / (time.monotonic() - begin):.3g} a second")
 
     if dist_util.rank() == 0:
         everything, folder = join(batches), Path(logger.get_dir())
-        logger.log(f"saving to {save_samples(folder, everything)}")
+        logger.log(f"saving to {save_samples(folder, everything, vae)}")
         save_grids(folder, everything, class_names)
         about = {name: getattr(run, name) for name in RECORDED}
-        about |= {"model_sha256": digest(run.model_path), "autoencoder": vae.fingerprint}
+        about |= assembly.walk_of(run.section(SamplerConfig), process)
+        about |= {"model_sha256": digest(run.model_path), **digests(run), **vae.fingerprints}
         save_manifest(folder, files, everything, class_names, about)
     logger.log("sampling complete")
 

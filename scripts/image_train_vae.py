@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch as th
 
-from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.assembly import (
     NETWORK_SECTIONS,
     SamplerConfig,
@@ -28,7 +28,6 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.resample import create_named_schedule_sampler
-from guided_diffusion_vae.run_record import save_run
 from guided_diffusion_vae.run_state import refuse_used_folder
 from guided_diffusion_vae.sample_util import Preview
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
@@ -57,7 +56,9 @@ def main(argv=None):
     dist_util.setup_dist()
     if not run.resume_checkpoint:
         dist_util.rank0_first(lambda: refuse_used_folder(folder))
+    dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, (*NETWORK_SECTIONS, VAEConfig)))
     vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir)).to(dist_util.dev())
+    dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
     try_settings(run, vae)
     logger.configure(dir=folder)
     if ignored_settings(run):
@@ -67,23 +68,17 @@ def main(argv=None):
     data_flags = asdict(run.section(DataConfig))
     about = {"image_size": run.image_size, "vae": vae, "class_cond": run.class_cond, "say": logger.log}
     data = load_data_with_vae(**data_flags, **about, batch_size=run.batch_size, seed=run.seed)
-    about |= {"class_names": data.class_names, "skip_bad_images": run.skip_bad_images}
-    heldout = load_heldout(data_dir=run.val_dir, cache_latents=run.cache_latents, **about) if run.val_dir else None
+    dist_util.rank0_first(lambda: run_record.refuse_other_classes(run, folder, data.class_names))
+    about |= {name: getattr(run, name) for name in ("cache_latents", "latent_cache", "skip_bad_images")}
+    about |= {"data_dir": run.val_dir, "class_names": data.class_names}
+    heldout = load_heldout(**about) if run.val_dir else None
 
     logger.log("creating model and diffusion...")
     th.manual_seed(run.seed)
     model, process = create_network(run, vae, num_classes=len(data.class_names)), create_process(run, vae)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    preview = Preview(
-        model,
-        create_preview_sampler(run, vae),
-        vae,
-        run.image_size,
-        data.class_names,
-        folder=logger.get_dir(),
-        conditional=run.class_cond,
-        seed=run.seed,
-    )
+    about = {"folder": logger.get_dir(), "conditional": run.class_cond, "seed": run.seed}
+    preview = Preview(model, create_preview_sampler(run, vae), vae, run.image_size, data.class_names, **about)
 
     logger.log("training...")
     train_flags = asdict(run.section(TrainConfig))
@@ -100,7 +95,8 @@ def main(argv=None):
     )
     if dist_util.rank() == 0:  # only now: a command that cannot start must not describe the run that lies there
         stats = stats_file(run.data_dir) if run.latent_norm else None
-        save_run(run, logger.get_dir(), class_names=data.class_names, autoencoder=vae.fingerprint, latent_stats=stats)
+        about = {"class_names": data.class_names, "autoencoder": vae.fingerprint, "latent_stats": stats}
+        run_record.save_run(run, logger.get_dir(), **about, images_per_user=data.images_per_user)
     loop.run_loop()
     logger.log(f"done: python scripts/image_sample_vae.py --model_path {loop.newest_average()} draws from it")
 

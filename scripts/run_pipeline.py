@@ -6,20 +6,20 @@
 Prints each stage's command, to be repeated by hand. `--dry_run True` prints them and the estimate of training.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
+from evaluations.image_sets import read_real
+from evaluations.measure import refuse_too_few
 from guided_diffusion_vae import dist_util, pipeline
-from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig, create_process, create_sampler, try_settings
+from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
-from guided_diffusion_vae.data.image_folder import list_images
 from guided_diffusion_vae.data.latent_extract import ExtractConfig
-from guided_diffusion_vae.guidance import GuidanceConfig, guide
-from guided_diffusion_vae.image_datasets import DataConfig, check_classes, speaking_of
-from guided_diffusion_vae.pipeline import PipelineConfig, average, digest, flags, samples_file
+from guided_diffusion_vae.guidance import GuidanceConfig
+from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.pipeline import PipelineConfig, average, digest, flags, judged_by, samples_file
 from guided_diffusion_vae.stages import Stage, python, run_stages, shown
 from guided_diffusion_vae.train_config import TrainConfig
-from guided_diffusion_vae.vae_wrapper import PIXEL, STATS, VAEConfig, load_vae
+from guided_diffusion_vae.vae_wrapper import PIXEL, STATS, VAEConfig
 
 TRAINING = (TrainConfig, DataConfig, *NETWORK_SECTIONS, VAEConfig)
 SAMPLING = (SamplerConfig, GuidanceConfig)
@@ -32,7 +32,7 @@ def main(argv=None):
     stages = [training(run), sampling(run)]
     if run.vae_path != PIXEL:
         stages.insert(0, extraction(run))
-    if run.heldout_dir or run.val_dir:
+    if judged_by(run):
         stages.append(judging(run))
     else:
         print("no --heldout_dir and no --val_dir: nothing to judge by, so there will be no report")
@@ -48,9 +48,10 @@ def extraction(run) -> Stage:
     own = {"data_dir": run.data_dir, "val_dir": run.val_dir or None, "out_dir": Path(run.out_dir, "latents")}
     own |= {"with_flips": run.random_flip or None, "batch_size": None}  # --batch_size is training's
     command = python("latent_extract.py", own, flags(run, ExtractConfig, VAEConfig), processes=run.processes)
-    reads = run.data_dir, run.val_dir, run.vae_path
+    reads = lambda: [digest(run.data_dir), digest(run.val_dir), pipeline.digest_autoencoder(run.vae_path)]  # noqa: E731
     made = pipeline.latents_of(run)[0] / STATS
-    return Stage(name="extract", command=lambda: command, inputs=lambda: [*map(digest, reads)], made=lambda: made)
+    about = {"made": lambda: made, "whole": lambda: pipeline.latents_are_whole(run)}
+    return Stage(name="extract", command=lambda: command, inputs=reads, **about)
 
 
 def training_words(run):
@@ -80,8 +81,9 @@ def sampling(run) -> Stage:
 
 
 def judging(run) -> Stage:
-    heldout, out = run.heldout_dir or run.val_dir, Path(run.out_dir, "report")
+    heldout, out = getattr(run, judged_by(run)), Path(run.out_dir, "report")
     own = {"real_dir": run.data_dir, "heldout_dir": heldout, "out_dir": out, "seed": run.seed}
+    own |= {"skip_bad_images": run.skip_bad_images or None}
 
     def command():
         return python("evaluate_samples.py", {**own, "samples": samples_file(run)})
@@ -92,17 +94,13 @@ def judging(run) -> Stage:
 
 def look_ahead(run) -> None:
     """Find out now what would stop a later stage; nothing is written yet."""
-    for flag in ("data_dir", "val_dir", "heldout_dir"):
-        if getattr(run, flag):
-            with speaking_of(f"--{flag}"):
-                images = list_images(getattr(run, flag))
-                if flag == "data_dir" and run.class_cond:
-                    check_classes(images, run.data_dir)
-    vae = load_vae(replace(run.section(VAEConfig), latent_norm=False), default_scale=1.0)  # only its shape counts
-    model, process = try_settings(run, vae), create_process(run, vae)
-    create_sampler(run.section(SamplerConfig), process)
-    guide(model, process, run.section(GuidanceConfig))
+    samples, size = pipeline.try_folders(run), (run.image_size, run.image_size)
+    pipeline.try_sampling(run)
     pipeline.refuse_other_training(run, (*NETWORK_SECTIONS, VAEConfig))
+    if judged_by(run):
+        with pipeline.speaking_of_judging(run):
+            how = {"skip_bad_images": run.skip_bad_images, "say": lambda line: None}  # the stages will say it
+            refuse_too_few(*read_real(run.data_dir, getattr(run, judged_by(run)), size, **how), samples)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,15 @@ def main(argv=None):
     dist_util.setup_dist()
     logger.configure(dir=folder)
     th.manual_seed(run.seed)
-    task = create_task(model, run.section(ObjectiveConfig), image_size=run.image_size, ckpt=run.ckpt, say=logger.log)
+    task = create_task(
+        model,
+        run.section(ObjectiveConfig),
+        image_size=run.image_size,
+        ckpt=run.ckpt,
+        decoder_only=run.decoder_only,
+        generated_latents=run.generated_latents,
+        say=logger.log,
+    )
     parts = data.parts(task.channels, seed=run.seed, say=logger.log)
     trainer = VAETrainer(
         task,

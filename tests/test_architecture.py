@@ -13,7 +13,7 @@ FLOORS = [
     {
         *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),
         *("autoencoders.perceptual", "autoencoders.adversarial", "autoencoders.foundation", "autoencoders.objectives"),
-        *("autoencoders.ldm_config", "vae_wrapper"),
+        *("autoencoders.ldm_config", "vae_wrapper", "latent_transport"),
     },
     {
         *("data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"),
@@ -21,10 +21,10 @@ FLOORS = [
         *("data.latent_cache", "data.latent_shards", "data.latent_extract"),
     },
     {
-        *("train_util", "train_config", "sharding", "validation", "sample_util", "estimate"),
-        *("vae_tasks", "vae_train_util", "vae_infer_util"),
+        *("train_util", "train_config", "sharding", "validation", "sample_util", "likelihood", "estimate"),
+        *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema"),
     },
-    {"script_util", "assembly", "pipeline", "stages"},
+    {"script_util", "assembly", "noised_classifier", "guides", "pipeline", "stages"},
 ]
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 MATHS = FLOORS[1]

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion_vae import assembly
+from guided_diffusion_vae import assembly, logger
 from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig, create_network, create_process
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 from guided_diffusion_vae.denoiser import denoiser_of
 from guided_diffusion_vae.dit import SIZES, LightningDiT
 from guided_diffusion_vae.guidance import GuidanceConfig, guide
 from guided_diffusion_vae.resample import create_named_schedule_sampler
+from guided_diffusion_vae.sample_util import SamplingConfig
 from guided_diffusion_vae.samplers import times_of
 from guided_diffusion_vae.train_util import TrainConfig
 from guided_diffusion_vae.unet import UNetModel
@@ -171,6 +172,17 @@ def test_the_first_sampler_is_upstreams():
     assert th.equal(drawn(use_ddim=True), drawn(sampler="ddim")) and not th.equal(drawn(), drawn(use_ddim=True))
 
 
+def test_the_estimate_knows_the_flags_of_training(monkeypatch):
+    """Those that change memory or time reach it: bfloat16, shares, epochs; their effect is in test_estimate."""
+    seen = []
+    monkeypatch.setattr(assembly, "estimate", lambda *_, **settings: seen.append(settings))
+    names = ["bf16", "sharded", "epochs", "half", "recompute", "steps"]
+    assembly.estimate_run(resolved(), PIXEL)
+    assert [seen[-1][name] for name in names] == [False, False, 0, False, False, 0]
+    assembly.estimate_run(resolved("--amp", "bf16", "--sharding", "fsdp2", "--max_epochs", 3, "--max_steps", 9), PIXEL)
+    assert [seen[-1][name] for name in names] == [True, True, 3, False, False, 9]
+
+
 def test_a_network_without_users_needs_no_labels():
     run = resolved("--network", "dit", "--model_type", "tiny/4", "--class_cond", False)
     model = create_network(run, PIXEL, num_classes=3)
@@ -190,6 +202,133 @@ def test_settings_that_nobody_reads_are_told():
     run = resolved("--use_rope", False, "--use_lognorm", True)
     assert assembly.ignored_settings(run) == ["use_lognorm", "use_rope"]
     assert assembly.ignored_settings(resolved("--use_rope", True)) == []
+
+
+def sampling(*flags):
+    words = [*SMALL.split(), *map(str, flags)]
+    sections = (*NETWORK_SECTIONS, SamplerConfig, GuidanceConfig, SamplingConfig)
+    return parse_run(create_argparser(*sections), words)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--spacing karras", ["--spacing karras with --sampler p_sample"]),
+        ("--spacing karras --use_ddim True", ["--spacing karras with --sampler ddim"]),
+        ("--spacing karras --sampler heun", []),
+        ("--spacing karras --sampler heun --process flow", ["--spacing karras with --sampler heun"]),
+        ("--num_steps 9 --sampler dopri5 --process flow", ["--num_steps 9 with --sampler dopri5"]),
+        ("--num_steps 9 --clip_denoised False --process flow", []),
+        ("--clip_denoised True --process flow", ["--clip_denoised True with --sampler euler"]),
+        ("--clip_denoised True --process flow --sampler unipc", []),
+        (
+            "--cfg_interval 0.2,1 --cfg_channels first3",
+            [f"--cfg_{x} with --cfg_scale 1" for x in ("interval 0.2,1", "channels first3")],
+        ),
+        ("--cfg_interval 0.2,1 --cfg_channels first3 --cfg_scale 2", []),
+        ("--cfg_rescale 0.7", ["--cfg_rescale 0.7 with --cfg_scale 1"]),
+        ("--cfg_rescale 0.7 --autoguide_path w.pt --autoguide_scale 3", []),
+        ("--autoguide_path w.pt --autoguide_scale 1", ["--autoguide_path w.pt with --autoguide_scale 1"]),
+        ("--autoguide_scale 3", ["--autoguide_scale 3.0 with no --autoguide_path"]),
+        ("--classifier_scale 3", ["--classifier_scale 3.0 with no --classifier_path"]),
+        ("--classifier_scale 3 --classifier_path c.pt", []),
+        ("--cfg_interval 0,1 --timestep_respacing 5", []),
+        ("--use_rope False", ["--use_rope False with --network unet --process gaussian"]),
+    ],
+)
+def test_what_the_sampler_does_not_read_is_told(flags, told):
+    assert assembly.ignored_in_sampling(sampling(*flags.split())) == told
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--timestep_respacing 5 --sampler unipc", "--timestep_respacing 5: --sampler unipc .* --num_steps"),
+        ("--timestep_respacing 5 --sampler heun", "--timestep_respacing 5: --sampler heun .* --num_steps"),
+        ("--timestep_respacing 5 --process flow", "--timestep_respacing 5: --sampler euler .* --num_steps"),
+        (
+            "--use_ddim True --process flow",
+            "--use_ddim True is not .*: leave it out and give --sampler euler, or choose",
+        ),
+    ],
+)
+def test_steps_that_another_solver_would_take_are_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        assembly.refuse_unfit(sampling(*flags.split()))
+
+
+def test_an_empty_respacing_takes_back_that_of_a_recipe():
+    assembly.refuse_unfit(sampling("--timestep_respacing", "", "--sampler", "unipc"))
+    assembly.refuse_unfit(sampling("--timestep_respacing", "", "--num_steps", 5))
+
+
+@pytest.mark.parametrize(
+    "flags, walk",
+    [
+        ("", ("p_sample", 60, "")),
+        ("--use_ddim True --timestep_respacing ddim20", ("ddim", 20, "")),
+        ("--num_steps 7", ("p_sample", 7, "")),
+        ("--sampler unipc", ("unipc", 20, "logsnr")),
+        ("--sampler heun --num_steps 5 --spacing karras", ("heun", 5, "karras")),
+        ("--process flow", ("euler", 250, "")),
+        ("--process flow --sampler dpmpp_2m", ("dpmpp_2m", 20, "uniform")),
+        ("--process flow --sampler dopri5 --num_steps 9", ("dopri5", "adaptive", "")),
+    ],
+)
+def test_the_walk_that_is_recorded_is_the_one_that_is_walked(flags, walk):
+    run = sampling(*flags.split(), "--diffusion_steps", 60)
+    config = run.section(SamplerConfig)
+    process = create_process(run, PIXEL, config)
+    assert tuple(assembly.walk_of(config, process).values()) == walk
+    if walk[1] != "adaptive" and walk[0] != "heun":
+        model = Silent()
+        assembly.create_sampler(config, process)(model, (1, 1, 2, 2), noise=th.ones(1, 1, 2, 2), device="cpu")
+        assert len(model.seen) == walk[1] - (walk[0] == "euler")  # whose grid's last point is the image
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_image_of_its_own_noise_does_not_depend_on_its_batch_by_adaptive_steps(own):
+    """dopri5 weighs the error of all that it is given: beside a stiff image an easy one is walked in other steps."""
+    pytest.importorskip("torchdiffeq")
+    config = SamplerConfig(sampler="dopri5")
+    sample = assembly.create_sampler(config, create_process(resolved("--process", "flow"), PIXEL, config))
+    noise, stiffness = th.randn(3, 1, 4, 4, generator=th.Generator().manual_seed(0)), th.tensor([1, 30, 3])
+
+    def model(x, t, y):
+        return -stiffness[y].view(-1, 1, 1, 1) * (x - th.sin(9 * t.view(-1, 1, 1, 1) / 1000))
+
+    def drawn(rows):
+        how = {"noise_like": th.randn_like if own else None, "model_kwargs": {"y": th.tensor(rows)}, "device": "cpu"}
+        return sample(model, (len(rows), 1, 4, 4), noise=noise[rows], **how)
+
+    together, alone = drawn([0, 1, 2]), th.cat([drawn([i]) for i in range(3)])
+    assert th.equal(together, alone) == own
+
+
+FORMS = {
+    "bare": lambda weights: weights,
+    "training": lambda weights: {
+        **{"model": {f"module.module.{key}": value + 1 for key, value in weights.items()}, "ema": weights},
+        **{"opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "config": {"train": {"max_steps": 3}}},
+    },
+    "no average": lambda weights: {"model": {f"module.{key}": value for key, value in weights.items()}, "opt": {}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_of_lightningdit_is_sampled_from_as_it_is(form, tmp_path):
+    """The average if there is one: told, for it is not what the file's `model` would draw."""
+    path = tmp_path / "0000003.pt"
+    run = sampling("--network", "dit", "--model_type", "tiny/4", "--process", "flow", "--model_path", path)
+    weights = create_network(run, PIXEL, num_classes=3).state_dict()
+    th.save(FORMS[form](weights), path)
+    with logger.scoped_configure(dir=tmp_path, format_strs=["log"]):
+        loaded = assembly.load_network(run, PIXEL, num_classes=3)
+    assert not loaded.training
+    assert all(th.equal(value.cpu(), weights[key]) for key, value in loaded.state_dict().items())
+    told = {"bare": [], "training": ["taking its weights 'ema'"], "no average": ["taking its weights 'model'"]}[form]
+    lines = (tmp_path / "log.txt").read_text().splitlines()[1:]  # after "Logging to"
+    assert [line.split(": ")[1] for line in lines] == told
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_options_change_the_size_as_upstream():
 
 
 def test_all_names_but_ours_are_upstreams():
-    assert set(SIZES) - set(MILLIONS) == {"LightningDiT-S/1"}
+    assert set(SIZES) - set(MILLIONS) == {"LightningDiT-S/1", "LightningDiT-S/2"}
 
 
 # ---- DiT's equations, written a second time

@@ -1,11 +1,17 @@
 """Memory and time of a run before it starts, against published figures, closed forms and real tensors."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch as th
 
+from guided_diffusion_vae import dist_util, sharding
 from guided_diffusion_vae import estimate as module
 from guided_diffusion_vae.dit import LightningDiT, create_dit
 from guided_diffusion_vae.estimate import activation_bytes, estimate, forward_flops, matmul_rate, saved_bytes
@@ -121,6 +127,41 @@ def test_state_in_half_precision_is_the_trainers(one_teraflop, make):
     assert of(make(), half=True).state_bytes == sum(tensor.numel() * tensor.element_size() for tensor in real)
 
 
+def work(out):
+    """What each of two processes does: one step of a network of each kind whose tensors are shared out, and count."""
+    dist_util.setup_dist()
+    seen = {}
+    for make in (unet, small_dit):
+        model = make("cpu")
+        sharding.create_sharding("fsdp2").place(model)
+        params = list(model.parameters())
+        opt = th.optim.AdamW(params)
+        for param in params:
+            param.grad = th.zeros_like(param) if param.requires_grad else None
+        opt.step()
+        moments = [value for state in opt.state.values() for value in state.values() if value.ndim]
+        gradients = [param.grad for param in params if param.grad is not None]
+        averages = [param.detach().clone() for param in params] * 2
+        shares = [tensor.to_local() for tensor in [*params, *gradients, *moments, *averages]]
+        seen[make.__name__] = sum(share.numel() * share.element_size() for share in shares)
+    (Path(out) / f"{dist_util.rank()}.json").write_text(json.dumps(seen))
+
+
+def test_shares_are_those_of_two_processes(one_teraflop, tmp_path):
+    """What the first holds is told, and no process holds more; not all first dimensions are even."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["mpiexec", "-n", "2", sys.executable, "-c", f"from test_estimate import work; work({str(tmp_path)!r})"]
+    env, here = {**os.environ, "PATH": path}, Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for make in (unet, small_dit):
+        found = of(make(), num_emas=2, processes=2, sharded=True)
+        assert found.state_bytes == first[make.__name__] >= second[make.__name__]
+        assert found.state_bytes < 0.6 * of(make(), num_emas=2).state_bytes
+    assert "weights, gradients, Adam and 2 averages, of each 1 / 2 by --sharding fsdp2 + about" in str(found)
+
+
 def test_time_is_work_by_rate(one_teraflop):
     model = unet()
     flops = 2 * of(model).macs
@@ -178,6 +219,27 @@ def test_activations_in_half_precision_are_those_of_real_tensors(one_teraflop, m
     real = make("cpu", **({"use_fp16": True} if make is unet else {}))
     real.convert_to_fp16()
     assert of(make(), batch_size=2, half=True).activation_bytes == kept_by(real, 2, 5, False)
+
+
+@pytest.mark.parametrize("make, kwargs", NETWORKS[1:3] + NETWORKS[5:])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_in_bfloat16_are_those_of_real_tensors(one_teraflop, make, kwargs, recompute):
+    """autocast's copies and what it leaves in float32 are counted, while weights and all that stays are as without."""
+    classes = 0 if kwargs.get("num_classes", 5) is None else 5
+    options = {"batch_size": 4, "classes": classes, "recompute": recompute}
+    told = of(make(**kwargs), bf16=True, **options)
+    with th.autocast("cpu", th.bfloat16):
+        assert told.activation_bytes == kept_by(make("cpu", **kwargs), 4, classes, recompute)
+    assert told.state_bytes == of(make(**kwargs), **options).state_bytes
+
+
+def test_bfloat16_is_timed_in_bfloat16(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_time", lambda a: seen.append(a.dtype) or 0.5)
+    for kwargs, dtype in (({}, th.float32), ({"bf16": True}, th.bfloat16), ({"half": True}, th.float16)):
+        of(unet(), **kwargs)
+        assert set(seen) == {dtype}
+        seen.clear()
 
 
 def kept_by(real, images, classes, recompute):
@@ -267,6 +329,12 @@ def test_a_run_without_an_end(one_teraflop):
     assert "time: no last step, and 1000 steps of 16 images on 2 processes: about" in str(found)
     assert "gradients and their copy for the other processes, Adam and 2 averages" in str(found)
     assert found.seconds == of(unet(), steps=1000).seconds
+
+
+def test_epochs_have_no_known_number_of_steps(one_teraflop):
+    assert "time: 3 epochs of data that are not read yet, and 1000 steps of 8" in str(of(unet(), steps=0, epochs=3))
+    assert "time: 70 steps (or 1 epoch, if that is less) of 8 images" in str(of(unet(), steps=70, epochs=1))
+    assert of(unet(), steps=0, epochs=3).seconds == of(unet(), steps=1000).seconds
 
 
 @pytest.mark.parametrize(

@@ -400,7 +400,7 @@ def test_dopri5_without_torchdiffeq_names_the_extra(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"--method dopri5 needs torchdiffeq: pip install .*\[ode\]"):
+    with pytest.raises(ValueError, match=r"--sampler dopri5 needs torchdiffeq: pip install .*\[ode\]"):
         FlowMatching().sample_loop(toy, (2, 4, 4, 4), method="dopri5")
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from guided_diffusion_vae import image_datasets as data
 from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.data import stream
+from guided_diffusion_vae.data.stream import mix
 from guided_diffusion_vae.vae_wrapper import VAEInterface
 
 
@@ -169,6 +171,16 @@ def test_noise_of_a_step_is_one_draw_for_all_slots():
     assert th.equal(whole, data.slot_randn((4, 2), seed=1, step=2, use=3))
     for other in ({"seed": 9, "step": 2, "use": 3}, {"seed": 1, "step": 9, "use": 3}, {"seed": 1, "step": 2, "use": 9}):
         assert not th.equal(whole, data.slot_randn((4, 2), **other))
+
+
+def test_every_use_of_random_numbers_has_its_own():
+    """None of the seeds of step or row 1 ... 3, whatever the rank, is that of another use or of a sampled image."""
+    uses = stream.POSTERIOR, stream.NOISE, stream.DROPPED_LABELS, stream.VALIDATION, stream.EXTRACTED
+    uses += (stream.EXTRACTED_FLIP, stream.LIKELIHOOD, stream.AMOUNT, stream.SEEN, stream.DROPOUT)
+    seeds = [mix(5, i, use) for i in (1, 2, 3) for use in uses[:-1]] + [mix(5, i) for i in (1, 2, 3)]
+    seeds += [mix(5, i, rank, stream.DROPOUT) for i in (1, 2, 3) for rank in range(9)]
+    assert len(set(seeds)) == len(seeds) and 0 not in uses and len(set(uses)) == 10
+    assert mix(5, 1) == mix(5, 1, 0)  # why none is 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data import latent_extract, latent_shards
 from guided_diffusion_vae.data.latent_extract import ExtractConfig, extract_latents
 from guided_diffusion_vae.data.latent_shards import LatentShards, find_shards
-from guided_diffusion_vae.data.stream import mix
+from guided_diffusion_vae.data.stream import EXTRACTED, EXTRACTED_FLIP, mix
 from guided_diffusion_vae.vae_wrapper import VAEConfig, VAEInterface, load_vae
 
 NAMES = ("user_03", "user_07", "user_11")
@@ -141,8 +141,8 @@ def test_a_row_is_the_posterior_with_the_noise_of_its_number(images, vae, tmp_pa
     folder = data.list_images(images)
     dataset = data.ImageDataset(32, folder.paths, random_flip=False)
     x = th.from_numpy(np.stack([dataset[i][0] for i in range(15)]))
-    for name, batch, extra in ("latents", x, ()), ("latents_flip", x.flip(3), (1,)):
-        noise = [th.randn(4, 8, 8, generator=th.Generator().manual_seed(mix(5, i, *extra))) for i in range(15)]
+    for name, batch, use in ("latents", x, EXTRACTED), ("latents_flip", x.flip(3), EXTRACTED_FLIP):
+        noise = [th.randn(4, 8, 8, generator=th.Generator().manual_seed(mix(5, i, use))) for i in range(15)]
         scale = vae.latent_scale
         mean, std = vae.encode_moments(batch).chunk(2, dim=1)
         wanted = scale.to_raw(mean) + std / scale.scale * th.stack(noise)
@@ -322,6 +322,36 @@ def test_mirrored_rows_come_half_of_the_time(images, vae, tmp_path):
     plain = extract(images, tmp_path / "plain", vae)
     with pytest.raises(UserError, match="--random_flip True, but .* without mirrored images.*--with_flips True"):
         load(plain, vae, random_flip=True)
+
+
+def test_a_flag_that_cannot_change_what_the_rows_are_is_answered(images, vae, tmp_path):
+    """`--sample_posterior False` is in vain with draws, and with files that do not say; with means it is true."""
+    means = VAEInterface(sample_posterior=False)
+    lightning(tmp_path / "theirs" / "a.safetensors", X, Y)
+    places = {"sample": extract(images, tmp_path / "draws", vae), "mean": extract(images, tmp_path / "means", means)}
+    for kind, place in {**places, None: tmp_path / "theirs"}.items():
+        assert LatentShards(find_shards(place)).posterior == kind
+        for asked in vae, means:
+            said = []
+            load(place, asked, say=said.append)
+            warnings = [line for line in said if "--sample_posterior False changes nothing" in line]
+            assert len(warnings) == (asked is means and kind != "mean") and "\n" not in "".join(warnings)
+            assert any("each is its posterior's mean" in line for line in said) == (kind == "mean")
+
+
+def test_statistics_alone_are_no_latents(images, vae, tmp_path):
+    """One line; but beside images they are those images' own."""
+    out = extract(images, tmp_path / "out", vae)
+    shutil.copy(out / "latents_stats.pt", images)
+    assert find_shards(images) == []
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="--data_dir .*out holds latents_stats.pt, but none of its latents: run"):
+        load(out, vae)
+    with pytest.raises(UserError, match="--val_dir .*out holds latents_stats.pt, but none of its latents: run"):
+        heldout(out, vae)
+    with pytest.raises(UserError, match="^--data_dir names no files of latents; extract them with .*latent_extract.py"):
+        LatentShards([])
 
 
 def test_lightningdits_files_are_read(vae, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 from helpers import ROOT, script
 from PIL import Image
 
+from evaluations import user_classifier
 from guided_diffusion_vae import stages
-from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.autoencoders.kl import KLAutoencoder, KLConfig
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run
+from guided_diffusion_vae.pipeline import PipelineConfig
 from guided_diffusion_vae.stages import Stage
 
 TINY = "--image_size 32 --class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2".split()
@@ -43,12 +48,16 @@ def data(tmp_path_factory):
     return ["--data_dir", root / "train", "--val_dir", root / "test"]
 
 
-def run_here(*flags):
-    """`run_pipeline.main`, in this process."""
-    spec = importlib.util.spec_from_file_location("run_pipeline", ROOT / "scripts" / "run_pipeline.py")
+def here(name):
+    """A script as a module of this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(flag) for flag in flags])
+    return module
+
+
+def run_here(*flags):
+    here("run_pipeline").main([str(flag) for flag in flags])
 
 
 def start(*flags):
@@ -108,6 +117,13 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(tmp_path):
     assert run("y", word="c") == ["a", "b", "b", "c"]
     (tmp_path / "a").unlink()
     assert run("y", word="c") == ["a", "b", "b", "c", "a"]
+
+
+def test_a_stage_that_is_no_longer_whole_is_done_again(tmp_path):
+    for whole, times in (True, 1), (True, 1), (False, 2), (True, 2):
+        line = "print('a', file=open('log', 'a'))"
+        stages.run_stages([stage(tmp_path, "a", line, whole=lambda whole=whole: whole)], tmp_path)
+        assert log(tmp_path) == ["a"] * times
 
 
 def test_a_stage_that_fails_ends_the_pipeline_with_its_code_and_is_begun_again(tmp_path):
@@ -274,6 +290,7 @@ def test_a_dry_run_reads_nothing_and_tells_all(tmp_path, capfd):
     assert (sample["--cfg_scale"], sample["--num_steps"], sample["--batch_size"]) == ("2.0", "100", "32")
     assert (sample["--users"], sample["--num_samples_per_user"], sample["--seed"]) == ("all", "8", "7")
     assert judge["--real_dir"] == "no where" and judge["--heldout_dir"] == "else where" and judge["--seed"] == "7"
+    assert judge["--skip_bad_images"] == "True"
     assert "# memory a process: " in told and "40000 steps of 128 images on 2 processes" in told
 
 
@@ -285,6 +302,7 @@ def test_a_dry_run_reads_nothing_and_tells_all(tmp_path, capfd):
         (["--data_dir", "x", "--max_steps", "9", "--out_dir", "x/y"], "--out_dir x/y lies in --data_dir x"),
         (["--data_dir", "x", "--resume_checkpoint", "y.pt"], "--resume_checkpoint y.pt"),
         (["--data_dir", "x", "--max_steps", "9", "--cfg_scale", "2"], "--cfg_scale 2.0 needs users"),
+        (["--data_dir", "x", "--max_steps", "9", "--classifier_path", "c.pt"], "--classifier_path c.pt: the pipeline"),
         (["--data_dir", "x", "--max_steps", "9"], "--data_dir x does not exist"),
         (["--data_dir", "tests", "--max_steps", "9", "--heldout_dir", "x"], "--data_dir tests holds no images"),
     ],
@@ -293,6 +311,104 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_is_done(flags, wor
     with pytest.raises(UserError, match=words) as error:
         run_here("--out_dir", tmp_path / "out", *flags)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def refused(data, tmp_path, *flags):
+    """The line that a pipeline refuses with, before it has written anything."""
+    with pytest.raises(UserError) as error:
+        run_here(*data, *TINY, "--out_dir", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def test_an_autoencoder_of_unknown_scale_is_refused_before_training(data, tmp_path):
+    """Each channel by its statistics needs no scale: then it is another flag that is refused."""
+    model = KLAutoencoder(KLConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, embed_dim=3))
+    th.save({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    flags = ["--vae_path", tmp_path / "a.ckpt", "--sampler", "ddim"]
+    assert "does not say how its latents are scaled: give --scale_factor" in refused(data, tmp_path, *flags)
+    for known in ("--scale_factor", 0.5), ("--latent_norm", True):
+        assert "--sampler ddim is not of this model's process" in refused(data, tmp_path, *flags, *known)
+
+
+def test_a_sampler_that_cannot_be_is_refused_before_training(data, tmp_path, monkeypatch):
+    gaussian = ["--process", "gaussian", "--diffusion_steps", 100]
+    line = refused(data, tmp_path, *gaussian, "--num_steps", 101)
+    assert "section of 100 steps into 101: lower --num_steps 101" in line and "--timestep_respacing" not in line
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    assert "dopri5 needs torchdiffeq: pip install" in refused(data, tmp_path, "--sampler", "dopri5")
+
+
+def test_what_the_judge_will_refuse_is_refused_before_training(data, tmp_path):
+    """In the pipeline's words; the judge's own questions, with numbers just beyond its limits."""
+    few, strangers, mixed, one = (tmp_path / name for name in ("few", "strangers", "mixed", "one"))
+    make_images(few, 2, 3)
+    make_images(mixed, 3, 4)
+    (mixed / "user_02").rename(mixed / "user_77")
+    make_images(strangers, 4, 4)
+    make_images(one, 5, 12)
+    for user in range(3):
+        (strangers / f"user_{user:02d}").rename(strangers / f"other_{user:02d}")
+    for path in [*one.glob("*/*.png")]:
+        path.rename(one / f"walker_{path.parent.name}_{path.name}")
+    judged = [*data[:2], "--heldout_dir"]
+    cases = [
+        (["--data_dir", few, *data[2:]], "--data_dir has 3 images of user_00; the judge needs at least 4"),
+        ([*judged, strangers], "--heldout_dir shows none of the users of --data_dir"),
+        ([*judged, mixed], "--heldout_dir has the user user_77, who is not in --data_dir"),
+        ([*judged, data[1]], "--heldout_dir holds training images only"),
+        ([*data, "--num_samples_per_user", 1], "--num_samples_per_user 1 has 3 images; the comparison needs"),
+        (["--data_dir", one, *data[2:], "--class_cond", False], "--data_dir has one user only"),
+        (["--data_dir", *data[1:2], "--val_dir", mixed], "--val_dir .*mixed holds the class user_77"),
+    ]
+    for flags, words in cases:
+        line = refused([], tmp_path, *flags)
+        assert re.match(words, line), line
+        flag = "--heldout_dir" if "--heldout_dir" in flags else "--val_dir"
+        assert f"without {flag} there is no report" in line or "user_77" in line
+
+
+def test_a_broken_image_is_refused_before_training_or_left_out_by_the_judge(tmp_path, capfd, monkeypatch):
+    """Left out, what is judged is what the folder without it gives."""
+    monkeypatch.setattr(user_classifier, "MIN_STEPS", 4)
+    for name, seed, n in ("train", 0, 12), ("held", 1, 4), ("png", 2, 4):
+        make_images(tmp_path / name, seed, n)
+    data = ["--data_dir", tmp_path / "train", "--heldout_dir", tmp_path / "held"]
+    for folder in ("train", "held"):
+        (tmp_path / folder / "user_01" / "9z.png").write_bytes(b"no image")
+        words = "1 of (37|13) images cannot be used: .*9z.png.*or give --skip_bad_images True"
+        assert re.search(words, refused(data, tmp_path))
+        judge, out = here("evaluate_samples"), tmp_path / f"report {folder}"
+        flags = ["--real_dir", data[1], "--heldout_dir", data[3], "--samples", tmp_path / "png", "--out_dir", out]
+        flags = [str(flag) for flag in [*flags, "--judge_epochs", 1]]
+        with pytest.raises(UserError, match=words):
+            judge.main(flags)
+        judge.main([*flags, "--skip_bad_images", "True"])
+        assert capfd.readouterr().out.count("_dir: left out 1 of") == 1
+        (tmp_path / folder / "user_01" / "9z.png").unlink()
+        reports = [json.loads((out / "report.json").read_text())]
+        judge.main(flags)
+        reports.append(json.loads((out / "report.json").read_text()))
+        for report in reports:
+            del report["about"]["judge_seconds"]
+        assert reports[0] == reports[1]
+
+
+def test_other_weights_or_settings_of_a_diffusers_folder_are_another_input(data, tmp_path):
+    """Of the same size too; also under `vae`, as pipelines have it, and beside pictures, which count for nothing."""
+    script, folder = here("run_pipeline"), tmp_path / "model"
+    (folder / "vae").mkdir(parents=True)
+    parser = create_argparser(PipelineConfig, *script.SAMPLING, *script.TRAINING)
+    run = parse_run(parser, [*map(str, data), "--vae_path", str(folder), "--out_dir", str(tmp_path / "out")])
+    seen = [script.extraction(run).inputs()]
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "vae/config.json", "vae/model.bin"):
+        for text in ("one", "two"):
+            (folder / name).write_text(text)
+            time.sleep(0.02)  # of a file system whose times are coarse
+            seen.append(script.extraction(run).inputs())
+    assert len(set(map(tuple, seen))) == 9 and len({tuple(inputs[:2]) for inputs in seen}) == 1
+    (folder / "shown.png").write_text("picture")
+    assert script.extraction(run).inputs() == seen[-1]
 
 
 def test_under_mpiexec_it_refuses_in_one_line(data, tmp_path):
@@ -340,6 +456,21 @@ def test_run_again_it_has_nothing_to_do(undisturbed, data, capfd):
     assert capfd.readouterr().out.count("done before") == 4
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_lost_latents_are_extracted_again(part, undisturbed, data, capfd):
+    """Only those of the part that lost them; the same rows, so that no other stage has anything to do."""
+    places = sorted((undisturbed[0] / "latents").glob("*/*.safetensors"))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in places}
+    (lost,) = (path for path in places if path.parent.name == part)
+    lost.unlink()
+    assert lost.with_name("latents_stats.pt").is_file() and len(places) == 2
+    run_here(*data, *TINY, "--out_dir", undisturbed[0])
+    told = capfd.readouterr().out
+    assert "== extract: done before" not in told and told.count("done before") == 3
+    assert {path: path.read_bytes() for path in places} == {path: what[0] for path, what in before.items()}
+    assert [path for path in places if path.stat().st_mtime_ns != before[path][1]] == [lost]
+
+
 def test_another_network_is_refused_in_one_line(undisturbed, data):
     """Also one whose weights would have the same shapes."""
     changed = ("--num_channels", "64", "32"), ("--process", "gaussian", "'flow'"), ("--seed", 3, "0")
@@ -353,7 +484,7 @@ def test_another_network_is_refused_in_one_line(undisturbed, data):
 
 @pytest.mark.slow
 def test_more_steps_go_on_and_other_images_do_not(undisturbed, data, tmp_path):
-    """The last test, for it changes the data: without an image the latents are others."""
+    """The last test, for it changes the data: of another image the latents are others."""
     out = undisturbed[0]
     flags = [*data, *TINY, "--out_dir", out]
     (out / "samples" / "samples_99x32x32x3.npz").write_bytes(b"stale")
@@ -363,6 +494,6 @@ def test_more_steps_go_on_and_other_images_do_not(undisturbed, data, tmp_path):
     words = [words_of(done.stdout, name) for name in ("sample", "judge")]
     assert words[0]["--model_path"].endswith("ema_0.9_000011.pt")
     assert words[1]["--samples"].endswith("samples_12x32x32x3.npz")
-    (data[1] / "user_00" / "0.png").unlink()
+    Image.new("RGB", (32, 32), "white").save(data[1] / "user_00" / "0.png")
     with pytest.raises(UserError, match="--data_dir has changed, but .* another --out_dir"):
         run_here(*flags, "--lr_anneal_steps", 11, "--keep_best", False)

@@ -150,14 +150,14 @@ def test_the_inverse_of_log_snr(name):
     np.testing.assert_allclose(denoiser.time_at(denoiser.log_snr(times)), times, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the process's own tables
-def test_all_noise_at_the_last_time_is_left_out():
-    """beta = 1 at the end (zero terminal SNR): alpha is 0 there, and nothing can be divided by it."""
+@pytest.mark.parametrize("kind, start", [("START_X", 99), ("V", 99), ("EPSILON", 98)])
+def test_all_noise_at_the_last_time_is_left_out_if_x_start_does_not_follow(kind, start):
+    """beta = 1 at the end (zero terminal SNR): alpha is 0 there, and x_start of the noise would divide by it."""
     betas = np.append(get_named_beta_schedule("linear", 100)[:-1], 1.0)
     settings = {"model_var_type": ModelVarType.FIXED_SMALL, "loss_type": LossType.MSE}
-    process = SpacedDiffusion(range(100), betas=betas, model_mean_type=ModelMeanType.START_X, **settings)
+    process = SpacedDiffusion(range(100), betas=betas, model_mean_type=MEAN_TYPES[kind], **settings)
     denoiser = denoiser_of(process, None)
-    assert denoiser.interval == (98, 0) and np.isfinite(denoiser.log_snr(np.arange(99))).all()
+    assert denoiser.interval == (start, 0) and np.isfinite(denoiser.log_snr(np.arange(100))).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch as th
 from helpers import script
 from PIL import Image
 
+from evaluations.image_sets import read_samples
 from guided_diffusion_vae import sample_util
 from guided_diffusion_vae.config import UserError
 
@@ -81,6 +82,37 @@ def test_users_are_named_as_on_disk_and_take_turns(trained, tmp_path):
     assert {path.name for path in (tmp_path / "png").iterdir()} == {"user_30", "user_07"}
 
 
+def pngs(out):
+    return {path.relative_to(out).as_posix() for path in (out / "png").rglob("*.png")}
+
+
+def test_a_second_run_into_a_folder_leaves_its_own_samples_only(trained, tmp_path):
+    """And what is not the sampler's; the judge, given the folder, sees the same images as given the .npz."""
+    few = ["--num_steps", 2, "--num_samples_per_user", 2]
+    sample(trained, tmp_path, *few, "--users", "all")
+    before = pngs(tmp_path)
+    assert len(before) == 6
+    own = [tmp_path / name for name in ("notes.png", "png/user_30/mine.txt", "grids/mine.png", "step_000003.png")]
+    for path in own:
+        path.write_text("mine")
+    sample(trained, tmp_path, *few, "--users", 7, "--seed", 1, "--sampler", "heun", ranks=2)
+    assert pngs(tmp_path) == {f"png/user_07/micro_doppler_user07_00{i}.png" for i in (1, 2)}
+    assert {path.name for path in (tmp_path / "grids").iterdir()} == {"user_07.png", "mine.png"}
+    assert all(path.read_text() == "mine" for path in own)
+    with np.load(tmp_path / "samples_2x32x32x3.npz") as saved:
+        assert np.array_equal(read_samples(tmp_path).pixels, saved["arr_0"])
+    rows = list(csv.DictReader((tmp_path / "manifest.csv").open()))
+    assert [(row["label"], row["sampler"], row["num_steps"], row["spacing"]) for row in rows] == [
+        ("1", "heun", "2", "uniform")
+    ] * 2
+
+    done = sample(trained, tmp_path, *few, "--users", 1, "--save_png", False, "--spacing", "karras")
+    assert "without effect: --spacing karras with --sampler p_sample" in done.stdout
+    assert pngs(tmp_path) == set() and (tmp_path / "grids" / "user_01.png").exists()
+    with pytest.raises(UserError, match=r"has none of the PNGs .* give the samples_\*.npz"):
+        read_samples(tmp_path)
+
+
 def test_so_many_of_each_user_under_the_names_of_the_users(trained, tmp_path):
     sample(trained, tmp_path, "--user_ids", 1, 30, "--num_samples_per_user", 3, "--num_steps", 4)
     assert arrays(tmp_path)[1].tolist() == [0, 2] * 3
@@ -104,6 +136,7 @@ def test_so_many_of_each_user_under_the_names_of_the_users(trained, tmp_path):
         (["--num_steps", 3, "--timestep_respacing", 3], ["--num_steps 3", "give one"]),
         (["--network", "dit"], ["--network is 'dit'", "trained with 'unet'"]),
         (["--timestep_respacing", "ddim30"], ["30"]),
+        (["--timestep_respacing", 5, "--sampler", "unipc"], ["--timestep_respacing 5", "give --num_steps"]),
     ],
 )
 def test_a_flag_that_contradicts_the_run_is_one_line(trained, tmp_path, flags, words):
@@ -114,7 +147,7 @@ def test_a_flag_that_contradicts_the_run_is_one_line(trained, tmp_path, flags, w
 
 def test_files_that_are_no_network_are_one_line(trained, tmp_path):
     for name, words in (
-        ("opt000003.pt", "holds no weights"),
+        ("opt000003.pt", "holds an optimizer's state"),
         ("state000003.pt", "holds no weights"),
         ("", "is a folder"),
     ):
@@ -154,6 +187,78 @@ def test_file_names_stay_in_their_folder():
         "class_004",
         "class_005",
     ]
+
+
+HEAD = "file,row,user,label\n"
+
+
+def test_what_a_manifest_lists_elsewhere_stays(tmp_path):
+    """A path that leads out of the folder, by dots or by a link; not a PNG; a list that is not the sampler's."""
+    folder, outside = tmp_path / "samples", tmp_path / "outside"
+    places = ["user_00/a.png", "user_00/unlisted.png", "user_00/a.npz", "../latents.png"]
+    paths = [folder / "png" / name for name in places] + [outside / "b.png", outside / "c.png", folder / "train/d.png"]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (folder / "png" / "link").symlink_to(outside)
+    files = ["png/user_00/a.png", "png/user_00/a.npz", "png/../latents.png", "png/../../outside/b.png", "png", ""]
+    files += ["png/link/c.png", str(outside / "b.png"), "../outside/b.png", "train/d.png", "png/" + "n" * 5000]
+    rows = "".join(f"{file},0,../../outside/b,{i}\n" for i, file in enumerate(files))
+    for head, kept in (("file,subject,row\n", paths), (HEAD, paths[1:])):
+        (folder / "manifest.csv").write_text(head + rows)
+        sample_util.remove_old_samples(folder)
+        assert [path for path in paths if path.exists()] == kept
+    (folder / "manifest.csv").write_bytes(b"file,row,user\n\xff\x00\n" + b'"' + b"y" * 200_000)
+    sample_util.remove_old_samples(folder)
+    assert [path for path in paths if path.exists()] == paths[1:]
+
+
+def test_grids_go_with_their_samples_whatever_the_users_are_called(tmp_path):
+    names = ["user_00", "Jörg", "../up"]
+    batch = sample_util.Batch(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
+    sample_util.save_grids(tmp_path, batch, names)
+    sample_util.save_manifest(tmp_path, [], batch, names, {"seed": 0})
+    assert len(list(tmp_path.rglob("*.png"))) == 4
+    sample_util.remove_old_samples(tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_pngs_of_an_interrupted_run_are_not_judged_with_the_others(tmp_path):
+    for name in ("user_00/a.png", "user_01/b.png"):
+        (tmp_path / "png" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "png" / name)
+    assert len(read_samples(tmp_path).pixels) == 2  # no manifest: whatever is there
+    (tmp_path / "manifest.csv").write_text(HEAD + "png/user_00/a.png,0,user_00,0\n")
+    with pytest.raises(UserError, match="has 1 PNGs that are not in its manifest.csv, such as png/user_01/b.png"):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, words, labels",
+    [
+        (["0", "1"], ("00", "1", "0"), [0, 1, 0]),
+        (["user_00", "user_01"], ("0", "00", "000", "01"), [0, 0, 0, 1]),
+        (["a_07", "b_07"], ("b_07", "a_07"), [1, 0]),
+        (["7", "user_07"], ("7", "user_07"), [0, 1]),  # as on disk, before the number
+        (["none", "user_01"], ("all",), [0, 1]),
+    ],
+)
+def test_users_are_found_by_name_and_by_number(names, words, labels):
+    assert sample_util.named_users(words, names) == labels
+
+
+@pytest.mark.parametrize(
+    "names, word, message",
+    [
+        (["a_07", "b_07"], "7", "--users names '7', but a_07 and b_07 end in it: give the full name"),
+        (["a_07", "b_07"], "07", "'07', but a_07 and b_07"),
+        (["left", "right"], "None", "--users names 'None', but the model knows left to right"),
+        (["user_01"], "²", "--users names '²', but the model knows user_01 to user_01"),
+    ],
+)
+def test_users_that_are_not_one_are_refused(names, word, message):
+    with pytest.raises(UserError, match=message):
+        sample_util.named_users((word,), names)
 
 
 def test_each_images_noise_is_its_own():

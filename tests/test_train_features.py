@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from guided_diffusion_vae import checkpoint, dist_util, logger, run_state, stop_signals, train_util, validation
 from guided_diffusion_vae.config import UserError
-from guided_diffusion_vae.data.stream import BatchStream, slot_randn
+from guided_diffusion_vae.data.stream import BatchStream, mix, slot_randn
 from guided_diffusion_vae.flow_matching import FlowMatching
 from guided_diffusion_vae.script_util import create_gaussian_diffusion
 from guided_diffusion_vae.stop_signals import StopSignals
@@ -275,6 +275,17 @@ def test_the_end_of_the_times_is_in_the_last_quarter():
     assert {name: row[name] for name in row} == {"loss": 2.75, "loss_q0": 1, "loss_q1": 2, "loss_q3": 4}
 
 
+def test_dropout_shares_no_seed_with_any_use_of_a_step(monkeypatch):
+    """Nor with another process: the global generator of ranks 0 ... 7 beside mix(seed, step, use)."""
+    trained, seen = loop(), []
+    monkeypatch.setattr(th, "manual_seed", seen.append)
+    monkeypatch.setattr(dist_util, "world_size", lambda: 8)
+    for rank in range(8):
+        monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
+        trained.run_step(*next(trained.data))
+    assert len(set(seen)) == 8 and not set(seen) & {mix(3, 0, use) for use in range(9)}
+
+
 # ---- label dropout ---------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +370,7 @@ def scripted(monkeypatch):
 
     def say(*losses):
         rest = list(losses)
-        monkeypatch.setattr(validation, "validation_loss", lambda *_, **__: rest.pop(0))
+        monkeypatch.setattr(validation, "validation_terms", lambda *_, **__: {"loss": rest.pop(0)})
         return rest
 
     return say
@@ -467,6 +478,23 @@ def test_a_best_that_lies_elsewhere_is_not_claimed(folder, scripted):
     with logger.scoped_configure(str(folder / "elsewhere"), format_strs=["log"]):
         loop(**{**VALID, "max_steps": 11}, resume_checkpoint=str(folder / "model000010.pt")).run_loop()
     assert "lowest validation loss 2 at step 11" in log_of(folder / "elsewhere")
+
+
+def test_a_best_of_other_data_is_none(folder, scripted):
+    """1.0 of the first data is no bar for 2.0 of the second; a run without validation in between changes nothing."""
+    left = scripted(1.0, 1.5, 1.5, 1.5, 2.0, 3.0, 3.0)
+    loop(**VALID, val_dir="a").run_loop()
+    again = {"ema_rate": VALID["ema_rate"], "resume_checkpoint": "auto"}
+    assert loop(**again, heldout=HeldOut(), val_dir=folder / ".." / Path.cwd() / "a").validation.best == (1.0, 0)
+    loop(**again, max_steps=11).run_loop()
+    assert "--val_dir" not in log_of(folder)
+    loop(**again, heldout=HeldOut(), val_dir="b", max_steps=12).run_loop()
+    assert log_of(folder).count("--val_dir is b, but the run was judged by a: losses of other data are no measure") == 1
+    assert "lowest validation loss 2 at step 12" in log_of(folder)
+    assert same(folder / "ema_0.9_best.pt", folder / "ema_0.9_000012.pt")
+    loop(**again, heldout=HeldOut(), val_dir="b", max_steps=14).run_loop()
+    assert not left and log_of(folder).count("--val_dir") == 1
+    assert checkpoint.load(folder / "state000014.pt")["best"] == (2.0, 12)
 
 
 # ---- requests to stop ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,13 +217,13 @@ def test_sigterm_saves_and_leaves_with_75(folder, tmp_path):
         (["--learn_sigma", True], 2, ["another shape"]),
     ],
 )
-def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path_factory, flags, code, words):
+def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path, tmp_path_factory, flags, code, words):
+    """Into another folder, where no run.yaml tells what the checkpoint was trained with."""
     log_dir = tmp_path_factory.getbasetemp() / "resume"
     if not log_dir.exists():
         train(folder, log_dir, "--batch_size", 2, "--max_steps", 1)
-    done = train(
-        folder, log_dir, "--batch_size", 2, "--max_steps", 3, "--resume_checkpoint", "auto", *flags, check=False
-    )
+    resume = ["--resume_checkpoint", log_dir / "model000000.pt"]
+    done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, *resume, *flags, check=False)
     assert done.returncode == code
     assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
 
@@ -230,18 +231,28 @@ def test_a_resume_that_does_not_fit_is_one_line(folder, tmp_path_factory, flags,
 def test_a_command_that_cannot_start_leaves_the_run_as_it_is(folder, tmp_path):
     train(folder, tmp_path, "--batch_size", 2, "--max_steps", 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".yaml")}
+    shutil.copytree(folder, tmp_path / "more")
+    shutil.copytree(folder / "user_00", tmp_path / "more" / "user_02")
+    auto, again = ["--resume_checkpoint", "auto"], "holds a training with {}: give that, or another --log_dir"
     for flags, words in (
-        (
-            ["--resume_checkpoint", tmp_path / "model000009.pt", "--num_channels", 64],
-            "does not exist; give a model*.pt",
-        ),
+        (["--resume_checkpoint", tmp_path / "model000009.pt"], "does not exist; give a model*.pt"),
         (["--resume_checkpoint", tmp_path / "opt000002.pt"], "holds no weights; give a model*.pt"),
-        (["--resume_checkpoint", "auto", "--num_channels", 64], "another shape"),
+        ([*auto, "--noise_schedule", "cosine"], again.format("'linear'")),
+        (["--resume_checkpoint", tmp_path / "model000002.pt", "--seed", 1], again.format(0)),
+        ([*auto, "--vae_path", "pixel"], "--vae_path pixel is autoencoder pixel, but"),
+        ([*auto, "--data_dir", tmp_path / "more"], "has 3 classes, number 2 of them user_02, but"),
         ([], "holds a run up to step 2: go on with it by --resume_checkpoint auto, or choose another --log_dir"),
     ):
         done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, *flags, check=False)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".yaml")}
+
+
+def test_latents_of_heldout_images_are_cached_where_it_is_asked(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "val", ignore=shutil.ignore_patterns(".latents"))
+    where = ["--val_dir", tmp_path / "val", "--latent_cache", tmp_path / "cache"]
+    train(folder, tmp_path / "run", "--batch_size", 2, "--max_steps", 1, *where)
+    assert (tmp_path / "cache" / "heldout" / "moments.npy").is_file() and not (tmp_path / "val" / ".latents").exists()
 
 
 def test_the_average_of_another_run_is_only_a_start(folder, tmp_path):

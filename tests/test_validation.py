@@ -98,7 +98,7 @@ def test_processes_share_the_rows(size, monkeypatch):
         asked.append(heldout.asked)
     assert sorted(sum(asked, [])) == list(range(COUNT))
     assert max(map(len, asked)) - min(map(len, asked)) <= 1
-    assert math.fsum(sum(parts, [])) / COUNT == pytest.approx(whole, rel=1e-6)
+    assert math.fsum(sum((part["loss"] for part in parts), [])) / COUNT == pytest.approx(whole, rel=1e-6)
 
 
 def test_times_are_spread_evenly():

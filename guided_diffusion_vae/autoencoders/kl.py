@@ -191,6 +191,8 @@ class Decoder(nn.Module):
 class KLAutoencoder(nn.Module):
     """x (N, 3, H, W) in [-1, 1] <-> z (N, embed_dim, H / f, W / f), not scaled."""
 
+    origin: dict[str, th.Tensor] | None = None  # if only the decoder was tuned: the weights it was tuned from
+
     def __init__(self, config: KLConfig):
         super().__init__()
         self.config = config
@@ -208,6 +210,10 @@ class KLAutoencoder(nn.Module):
     def decode(self, z: th.Tensor) -> th.Tensor:
         """The image of z; not clamped."""
         return self.decoder(self.post_quant_conv(z))
+
+    def decoding(self) -> dict[str, nn.Parameter]:
+        """The parameters that take part in decoding only: all others make the latents."""
+        return {name: p for name, p in self.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))}
 
     def recompute(self, flag: bool = True) -> None:
         """Recompute the blocks' activations in backward instead of keeping them: slower, in less memory."""

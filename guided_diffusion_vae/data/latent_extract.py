@@ -27,7 +27,7 @@ from ..vae_wrapper import stats_file
 from .image_folder import ImageFolder, list_images, refuse
 from .latent_cache import cache_index, drop_bad_images
 from .latent_shards import SCRIPT, SHARD_NAME, TYPES, open_shard, read_header, write_safetensors
-from .stream import mix
+from .stream import EXTRACTED, EXTRACTED_FLIP, mix
 
 CHUNK = 1024  # rows at a time where all are read
 MAY_DIFFER = {"device", "scale_factor"}  # metadata that raw latents do not depend on
@@ -146,10 +146,10 @@ def encode_rows(images: ImageDataset, rows: range, vae, config: ExtractConfig, p
         if not bad:
             numbers = range(first, first + len(batch))
             x = th.from_numpy(np.stack(batch)).to(dist_util.dev())
-            latents.append(draw_raw(x, vae, [mix(config.seed, i) for i in numbers]))
+            latents.append(draw_raw(x, vae, [mix(config.seed, i, EXTRACTED) for i in numbers]))
             flips.append(latents[-1])
             if config.with_flips:
-                flips[-1] = draw_raw(x.flip(3), vae, [mix(config.seed, i, 1) for i in numbers])
+                flips[-1] = draw_raw(x.flip(3), vae, [mix(config.seed, i, EXTRACTED_FLIP) for i in numbers])
         first += len(batch)
         progress(len(batch))
     if bad:

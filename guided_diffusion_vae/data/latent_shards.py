@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 from .. import checkpoint
 from ..config import UserError
+from ..vae_wrapper import STATS
+from .image_folder import list_files
 
 SCRIPT = "scripts/latent_extract.py"
 SHARD_NAME = re.compile(r"latents_rank\d+_shard\d+\.safetensors")
@@ -146,7 +148,8 @@ def find_shards(data_dir, part: str = "train") -> list[Path]:
         data_dir: a folder of shards; a folder with train.safetensors and val.safetensors; or one file.
         part: which of the two files is meant.
     Raises:
-        UserError: a folder of two files lacks the one that is meant; a folder whose subfolders hold latents.
+        UserError: a folder of two files lacks the one that is meant; a folder whose subfolders hold latents; one of
+            which only the statistics are left.
     """
     place = Path(data_dir)
     if place.suffix == ".safetensors" and place.is_file():
@@ -160,6 +163,11 @@ def find_shards(data_dir, part: str = "train") -> list[Path]:
         raise UserError(f"{place} holds {' and '.join(p.name for p in two.values())}, but no {part}.safetensors")
     if not files and _holds_parts(place):
         raise UserError(f"{place} holds latents in the subfolders train and val: give {place / part}")
+    if not files and (place / STATS).is_file() and not list_files(place):
+        raise UserError(
+            f"--data_dir {place} holds {STATS}, but none of its latents: run {SCRIPT} again with this --out_dir, or"
+            " copy all files"
+        )
     return [two[part]] if two else files
 
 
@@ -183,15 +191,19 @@ class LatentShards(Dataset):
         class_names: as stored; of files that others made "0000", "0001", ... by label.
         labels: (N,) int64, of all rows.
         autoencoder, image_size: what they were made with; None if the files do not say.
+        posterior: what a row is of its image's: a "sample" or the "mean"; None if the files do not say.
         latent_shape: (C, h, w).
     Args:
         files: see `find_shards`.
         random_flip: give the mirrored image's latent half of the time, by Python's generator.
     Raises:
-        UserError: see `open_shard`; files that do not belong together; some are missing; flips that were not extracted.
+        UserError: see `open_shard`; no files; some that do not belong together; some are missing; flips that were not
+            extracted.
     """
 
     def __init__(self, files: list[Path], *, random_flip: bool = False):
+        if not files:
+            raise UserError(f"--data_dir names no files of latents; extract them with {SCRIPT}, or copy all files")
         shards = [open_shard(path) for path in files]
         self.paths = [shard.path for shard in shards]
         self.tensors = [shard.tensors for shard in shards]
@@ -207,7 +219,7 @@ class LatentShards(Dataset):
                     f"{path} does not belong with {self.paths[0]}: they are of other autoencoders, sizes or classes;"
                     f" move one of them, or extract again with {SCRIPT}"
                 )
-        self.autoencoder = self.image_size = None
+        self.autoencoder = self.image_size = self.posterior = None
         self.class_names = [f"{number:04d}" for number in range(int(self.labels.max()) + 1)]
         if about[0]:
             self._read_metadata(shards[0])
@@ -218,7 +230,7 @@ class LatentShards(Dataset):
         try:
             self.class_names = json.loads(shard.metadata["class_names"])
             self.autoencoder, self.image_size = shard.metadata["autoencoder"], int(shard.metadata["image_size"])
-            whole = int(shard.metadata["dataset_size"])
+            self.posterior, whole = shard.metadata.get("posterior"), int(shard.metadata["dataset_size"])
         except (KeyError, ValueError) as error:
             raise UserError(f"{shard.path} has damaged metadata ({error}); extract it again with {SCRIPT}") from error
         if self.labels.max() >= len(self.class_names):
