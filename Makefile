@@ -11,7 +11,7 @@ demo: setup
 	@PATH="$$(cat .env_bin):$$PATH" sh scripts/demo.sh
 
 test: setup
-	@PATH="$$(cat .env_bin):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python -m pytest -q
+	@PATH="$$(cat .env_bin):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python -m pytest -q -n 2 --dist worksteal
 
 lint: setup
 	@PATH="$$(cat .env_bin):$$PATH" ruff check

@@ -20,6 +20,7 @@ import torch as th
 from .config import UserError
 
 Model = Callable[..., th.Tensor]  # (x, t, y, **model_kwargs) -> prediction
+DEAF = -4.0  # lambda below which no classifier is asked: alpha is 0.018 there
 CHANNELS = {"all": None, "first3": 3, "first4": 4}  # how many of the latent's channels are guided
 
 
@@ -180,11 +181,15 @@ class ClassifierGradient:
 
     Args:
         classifier: (x_t, t) -> logits (N, K), each sample's from that sample alone; in eval mode.
+        log_snr: (t) -> lambda = log(alpha / sigma) there; where it is below `DEAF` the gradient is 0. The true one
+            falls with alpha, a trained one not below its errors, and what x_start is guessed to be divides by alpha.
     Source: Dhariwal and Nichol 2021, section 4.
     """
 
-    def __init__(self, classifier: Model, scale: float = 1.0):
-        self.classifier, self.scale = classifier, scale
+    def __init__(
+        self, classifier: Model, scale: float = 1.0, *, log_snr: Callable[[th.Tensor], th.Tensor] | None = None
+    ):
+        self.classifier, self.scale, self.log_snr = classifier, scale, log_snr
 
     def __call__(self, x: th.Tensor, t: th.Tensor, y: th.Tensor, **kwargs) -> th.Tensor:
         with th.enable_grad():
@@ -192,7 +197,10 @@ class ClassifierGradient:
             logits = self.classifier(x, t)
             log_probability = logits.to(_at_least_float32(logits)).log_softmax(1).gather(1, y[:, None])
             (gradient,) = th.autograd.grad(log_probability.sum(), x)
-        return self.scale * gradient
+        if self.log_snr is None:
+            return self.scale * gradient
+        heard = (self.log_snr(t) >= DEAF).to(gradient).view(-1, *[1] * (x.ndim - 1))
+        return self.scale * heard * gradient
 
 
 class Unlabelled:

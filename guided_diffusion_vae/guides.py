@@ -13,6 +13,7 @@ from . import dist_util
 from .assembly import NETWORK_SECTIONS, load_network
 from .checkpoint import digest
 from .config import Run, UserError, field_defaults, typed
+from .denoiser import denoiser_of
 from .guidance import ClassifierGradient, GuidanceConfig, Unlabelled, guide
 from .image_datasets import speaking_of
 from .noised_classifier import classifier_times, load_classifier
@@ -55,7 +56,8 @@ def with_guides(run: Run, model, process, vae, class_names: list[str]) -> Guided
     def at_seen_times(x, t):
         return classifier(x, classifier_times(process, t))
 
-    gradient = ClassifierGradient(at_seen_times, config.classifier_scale)
+    log_snr = denoiser_of(process, model).log_snr_seen
+    gradient = ClassifierGradient(at_seen_times, config.classifier_scale, log_snr=log_snr)
     return Guided(guided if run.class_cond else Unlabelled(guided), gradient, class_names, True)
 
 
