@@ -82,3 +82,8 @@ def test_a_recipe_opens_with_its_command(recipe):
     printed = script(name, *flags, "--dry_run", "True").stdout
     for key in read_yaml(recipe):
         assert re.search(rf"^{key}: ", printed, re.M), key
+
+
+def test_lowmem_is_standard_in_less_memory():
+    standard, lowmem = (read_yaml(ROOT / "configs" / f"conditional_{name}.yaml") for name in ("standard", "lowmem"))
+    assert lowmem == {**standard, "microbatch": 4, "use_checkpoint": True, "amp": "auto"}

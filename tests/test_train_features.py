@@ -155,8 +155,8 @@ def test_bf16_is_what_the_network_computes_in():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"amp": "fp16"}, "--amp is 'fp16'; choose none or bf16; --use_fp16 True is the half precision with loss scal"),
-        ({"amp": "half"}, "--amp is 'half'; choose none or bf16"),
+        ({"amp": "fp16"}, "--amp is 'fp16'; choose none, bf16 or auto; --use_fp16 True is the half precision"),
+        ({"amp": "half"}, "--amp is 'half'; choose none, bf16 or auto"),
         ({"grad_clip": -1.0}, "--grad_clip is -1.0; it must be 0 or more"),
         ({"warmup_steps": -1}, "--warmup_steps is -1; it must be 0 or more"),
         ({"max_epochs": -1}, "--max_epochs is -1; it must be 0 or more"),
