@@ -112,6 +112,11 @@ def _pngs_of(folder: Path) -> Path:
     found = {path.relative_to(folder).as_posix() for path in list_files(inner)} if inner.is_dir() else set()
     if listed and not found & listed:
         raise UserError(f"--samples {folder} has none of the PNGs of its manifest.csv: give the samples_*.npz in it")
+    if listed - found:
+        raise UserError(
+            f"--samples {folder} lacks {len(listed - found)} of the PNGs of its manifest.csv, such as"
+            f" {min(listed - found)}: give the samples_*.npz in it, or sample again"
+        )
     if listed and found - listed:
         raise UserError(
             f"--samples {folder} has {len(found - listed)} PNGs that are not in its manifest.csv, such as"

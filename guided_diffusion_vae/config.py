@@ -186,6 +186,11 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Flag name -> default."""
+        return field_defaults(*self._sections)
+
     def replace(self, **values) -> "Run":
         """A copy with some settings replaced (values that the run itself worked out, such as a class list's length)."""
         control = argparse.Namespace(dry_run=self.dry_run, debug=self.debug, config=self.config)

@@ -89,7 +89,7 @@ class Denoiser:
     def log_snr_seen(self, seen: th.Tensor) -> th.Tensor:
         """lambda where the network sees the times `seen`, (N,)."""
         times = np.linspace(*self.interval[::-1], 1001)
-        places, log_snr = self._seen(times), self.log_snr(times)
+        places, log_snr = self._seen(times), self._lambda(times)
         order = np.argsort(places)
         return th.from_numpy(np.interp(seen.double().cpu().numpy(), places[order], log_snr[order])).to(seen.device)
 

@@ -19,11 +19,12 @@ from .config import Run, UserError, typed
 from .flow_matching import FlowConfig, FlowMatching
 from .image_datasets import speaking_of
 from .model_flags import load_weights, network_weights
-from .run_record import read_run, refuse_contradictions
+from .run_record import MAY_DIFFER, read_run, refuse_contradictions
 from .script_util import (
     CHANNEL_MULT,
     ClassifierConfig,
     DiffusionConfig,
+    LaterDiffusionConfig,
     create_classifier,
     create_diffusion_vae,
     downsample_factors,
@@ -158,7 +159,7 @@ def create_classifier_process(run: Run, vae):
     """The process that the flags name, as the classifier sees it."""
     if run.process == "flow":
         return FlowMatching(**_settings(run, FlowConfig), time_scale=TIME_SCALE)
-    return create_diffusion_vae(vae, **_settings(run, DiffusionConfig))
+    return create_diffusion_vae(vae, **_settings(run, DiffusionConfig), **_settings(run, LaterDiffusionConfig))
 
 
 def _settings(run, section):
@@ -214,6 +215,7 @@ def load_classifier(path, vae, *, run, class_names: list[str] | None = None) -> 
         refuse_contradictions(run, settings, [name for name in names if hasattr(run, name)])
     defaults = {field.name: field.default for field in fields(LatentClassifierConfig)}
     known = {name: typed(name, settings[name], defaults[name], "run.yaml") for name in names if name in settings}
+    known = {name: value for name, value in known.items() if name not in MAY_DIFFER or name not in run.given}
     given = {name: getattr(run, name, defaults[name]) for name in names}
     config = LatentClassifierConfig(**{**given, **known})
     class_names = record.get("class_names") or class_names

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from . import checkpoint, dist_util
+from . import checkpoint, dist_util, logger
 from .config import UserError
 from .nn import update_ema
 
@@ -96,6 +96,11 @@ class PowerAverages:
             UserError: names the flag, the length and the remedy.
         """
         tracked = state.get("posthoc_ema", [])
+        if dropped := [length for length in tracked if length not in self.lengths]:
+            logger.warn(
+                f"--posthoc_ema: {path} tracked {','.join(map(str, dropped))}, which is not given now:"
+                " its snapshots end here and cannot be taken up again"
+            )
         for length in self.lengths:
             if length not in tracked:
                 known = ",".join(str(length) for length in tracked)

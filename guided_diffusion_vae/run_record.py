@@ -5,18 +5,19 @@ so that only `--model_path` is needed, and a flag that contradicts it is an erro
 """
 
 import platform
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 from .checkpoint import atomic_write
-from .config import Run, UserError, plain, read_yaml, typed
+from .config import Run, UserError, field_defaults, plain, read_yaml, typed
 
 RECORD = "record"  # the key in run.yaml under which stands what is no flag
 MAY_DIFFER = {"timestep_respacing", "timestep_shift", "use_fp16", "use_checkpoint", "dropout", "vae_path"}
-MAY_DIFFER |= {"sample_posterior"}
+MAY_DIFFER |= {"sample_posterior", "classifier_use_fp16"}
+# Beside what a network is: which data a step of training sees, and what it asks of them.
+KEPT = ("seed", "random_flip", "class_balance", "process", "noised")
 
 
 def save_run(
@@ -84,10 +85,10 @@ def refuse_contradictions(run: Run, settings: dict, names) -> None:
         UserError: names the flag and both values.
     """
     for name in names:
-        if name not in run.given or name not in settings or name in MAY_DIFFER:
+        if name not in run.given or not settings or name in MAY_DIFFER:
             continue
         given = getattr(run, name)
-        trained = typed(name, settings[name], given, "run.yaml")
+        trained = typed(name, settings.get(name, run.defaults[name]), given, "run.yaml")
         if given != trained:
             raise UserError(
                 f"--{name} is {given!r}, but the checkpoint was trained with {trained!r} (its run.yaml):"
@@ -108,16 +109,20 @@ def refuse_other_training(run: Run, folder, sections, *, flag: str = "--log_dir"
     """Raise if the checkpoints in a folder are of a training with other settings; its length, say, may change.
 
     Args:
-        sections: what makes a training what it is, beside the seed.
+        sections: what makes a training what it is, beside `KEPT`; a run.yaml that lacks one had its default.
         flag: what names the folder.
         fixed: values that none replaces, also of settings that may differ.
     Raises:
         UserError: names the flag, both values and the remedy.
     """
-    trained, names = training_in(folder)[0], [field.name for section in sections for field in fields(section)]
-    for name in (name for name in ("seed", *names) if name in trained and name != "allow_download"):
+    trained = training_in(folder)[0]
+    if not trained:
+        return
+    defaults = field_defaults(*sections)
+    names = [name for name in KEPT if name in trained and hasattr(run, name)] + [*defaults]
+    for name in (name for name in names if name != "allow_download"):
         wanted = getattr(run, name)
-        before = typed(name, trained[name], wanted, "run.yaml")
+        before = typed(name, trained.get(name, defaults.get(name)), wanted, "run.yaml")
         if before != wanted and (name not in MAY_DIFFER or before in fixed or wanted in fixed):
             raise UserError(
                 f"--{name} is {wanted!r}, but {folder} holds a training with {before!r}:"
@@ -147,7 +152,7 @@ def refuse_other_classes(run: Run, folder, class_names: list[str]) -> None:
         UserError: names the flag, the first class that differs in both and the remedy.
     """
     before = training_in(folder)[1].get("class_names", class_names)
-    if not run.class_cond or before == class_names:
+    if not getattr(run, "class_cond", True) or before == class_names:
         return
     here, there = ([*names, "no class"] for names in (class_names, before))
     place = next(i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1])

@@ -111,12 +111,16 @@ def find_ema_checkpoint(main_checkpoint, step, rate):
     return str(path) if path.is_file() else None
 
 
-def refuse_used_folder(folder) -> None:
+def refuse_used_folder(folder, resume_checkpoint: str = "") -> None:
     """Refuse to start a new run where another's checkpoints lie: they would be mixed.
 
+    Args:
+        resume_checkpoint: "auto" and a model*.pt go on with a run; other weights start a new one.
     Raises:
         UserError: names the last step that is there, and both ways out.
     """
+    if resume_checkpoint == "auto" or NUMBERED.search(resume_checkpoint):
+        return
     numbers = {_number(path, "model") for path in Path(folder).glob("model*.pt")} - {None}
     if numbers:
         raise UserError(

@@ -318,6 +318,8 @@ def remove_old_samples(folder: Path) -> None:
         straight = os.path.isfile(path) and path.parent.resolve() == path.parent  # no .. and no link on the way
         if straight and path.suffix == ".png":
             path.unlink()
+    if rows:
+        (root / "manifest.csv").unlink()  # what comes now is not what it tells of
 
 
 def _grid_name(row: dict) -> str:

@@ -27,11 +27,11 @@ from guided_diffusion_vae.noised_classifier import (
 )
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder
-from guided_diffusion_vae.script_util import DiffusionConfig
+from guided_diffusion_vae.script_util import DiffusionConfig, LaterDiffusionConfig
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae, stats_file
 
-KIND = (LatentClassifierConfig, DiffusionConfig, FlowConfig, VAEConfig)
+KIND = (LatentClassifierConfig, DiffusionConfig, LaterDiffusionConfig, FlowConfig, VAEConfig)
 
 
 def main(argv=None):
@@ -42,8 +42,7 @@ def main(argv=None):
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/classifier"
     if not run.dry_run:
         dist_util.setup_dist()
-        if not run.resume_checkpoint:
-            dist_util.rank0_first(lambda: refuse_used_folder(folder))
+        dist_util.rank0_first(lambda: refuse_used_folder(folder, run.resume_checkpoint))
         dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, KIND))
     vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir)).to(dist_util.dev())
     process = create_classifier_process(run, vae)
@@ -59,6 +58,7 @@ def main(argv=None):
     about = {"image_size": run.image_size, "vae": vae, "class_cond": True, "say": logger.log}
     data_flags = asdict(run.section(DataConfig))
     data = load_data_with_vae(**data_flags, **about, batch_size=run.batch_size, seed=run.seed)
+    dist_util.rank0_first(lambda: run_record.refuse_other_classes(run, folder, data.class_names))
     about |= {name: getattr(run, name) for name in ("cache_latents", "latent_cache", "skip_bad_images")}
     heldout = None
     if run.val_data_dir:

@@ -54,8 +54,7 @@ def main(argv=None):
         print("# " + str(estimate_run(run, vae)).replace("\n", "\n# "))
         return
     dist_util.setup_dist()
-    if not run.resume_checkpoint:
-        dist_util.rank0_first(lambda: refuse_used_folder(folder))
+    dist_util.rank0_first(lambda: refuse_used_folder(folder, run.resume_checkpoint))
     dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, (*NETWORK_SECTIONS, VAEConfig)))
     vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir)).to(dist_util.dev())
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))

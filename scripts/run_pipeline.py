@@ -77,7 +77,9 @@ def sampling(run) -> Stage:
         return python("image_sample_vae.py", words, flags(run, *SAMPLING), processes=run.processes)
 
     about = {"made": lambda: samples_file(run), "clears": folder / "png"}
-    return Stage(name="sample", command=command, inputs=lambda: [digest(average(run))], **about)
+    record = Path(run.out_dir, "train", "run.yaml")  # which may name another decoder now
+    reads = lambda: [digest(average(run)), digest(record), pipeline.digest_autoencoder(run.vae_path)]  # noqa: E731
+    return Stage(name="sample", command=command, inputs=reads, **about)
 
 
 def judging(run) -> Stage:

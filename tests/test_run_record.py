@@ -97,11 +97,13 @@ def test_other_users_are_refused_in_one_line(folder, names, words):
 
 
 def test_a_folder_without_checkpoints_or_record_refuses_nothing(folder):
-    """Nor does a record that does not know a setting, or was made before there was one of the rest."""
+    """Nor does a record that was made before there was one of the rest; a setting that it lacks had its default."""
     record = yaml.safe_load((folder / "run.yaml").read_text())
     del record["width"], record["record"]
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
-    ask_all(resolved("--width", 7, "--rates", "1,2"), folder)
+    ask_all(resolved("--rates", "1,2"), folder)
+    with pytest.raises(UserError, match="--width is 7, but .* holds a training with 32"):
+        ask_all(resolved("--width", 7, "--rates", "1,2"), folder)
     (folder / "model000004.pt").unlink()
     ask_all(resolved("--rates", "3"), folder)
     (folder / "model000004.pt").touch()
