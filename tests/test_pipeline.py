@@ -191,7 +191,7 @@ def test_a_request_to_stop_reaches_the_script_once(number, tmp_path):
     process.send_signal(number)
     time.sleep(0.05)
     process.send_signal(number)
-    assert "a: stopped; the same command goes on from here" in process.communicate(timeout=30)[0]
+    assert "a: stopped; the same command goes on from here" in process.communicate(timeout=300)[0]
     assert process.returncode == 75 and log(tmp_path) == ["1"]
 
 
@@ -255,7 +255,7 @@ dist_util.run_main(lambda: stages.run_stages([stage], Path({str(tmp_path)!r})))
     while not all((tmp_path / rank).exists() for rank in "01") and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 75 and output.count("stopped: saved") == 1, output
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["SIGTERM", "SIGTERM"]
 
@@ -443,7 +443,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(data, undisturbed, tmp
             process = start(*flags)
             wait_for(process, "| step ")
             process.terminate()
-            output = process.communicate(timeout=60)[0]
+            output = process.communicate(timeout=300)[0]
             assert process.returncode == 75 and "stopped: SIGTERM; saved step" in output, output
     done = script("run_pipeline.py", *flags)
     for name in ("extract", "train", "sample"):
