@@ -15,7 +15,8 @@ data          data.microdoppler, data.gait, data.spectrogram, data.image_folder,
 loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
               vae_tasks, vae_train_util, vae_infer_util
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
-              guides: a weaker network, a classifier; pipeline, stages: the scripts one after the other
+              trained: a model again; guides: a weaker network, a classifier; noised_classifier
+              pipeline, stages: the scripts one after the other
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
 """

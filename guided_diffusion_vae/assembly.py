@@ -10,14 +10,13 @@ from functools import partial
 
 import torch as th
 
-from . import checkpoint, dist_util, logger, samplers
-from .config import Run, UserError, field_defaults
+from . import dist_util, samplers
+from .config import Run, UserError
 from .denoiser import denoiser_of
 from .dit import DiTConfig, create_dit
 from .estimate import Estimate, estimate
 from .flow_matching import FlowConfig, FlowMatching
 from .guidance import GuidanceConfig
-from .model_flags import load_weights, network_weights, part_of
 from .noised_classifier import LatentClassifierConfig
 from .posthoc_ema import lengths_of
 from .resample import create_named_schedule_sampler
@@ -133,24 +132,6 @@ def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Mo
         use_checkpoint=run.use_checkpoint,
         **options,
     )
-
-
-def load_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
-    """Collective: call on every process. The trained network of `--model_path` on this process's device, to sample."""
-    model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
-    weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
-    load_weights(model, weights, path=path, given=run.as_dict())
-    model.to(dist_util.dev())
-    if run.use_fp16:
-        model.convert_to_fp16()
-    return model.eval()
-
-
-def _weights_of(file, path: str) -> dict[str, th.Tensor]:
-    loaded = checkpoint.load(file)
-    if part_of(loaded):
-        logger.log(f"{path} is a training checkpoint: taking its weights {part_of(loaded)!r}")
-    return network_weights(loaded, path=path)
 
 
 def create_process(run: Run, vae, config: SamplerConfig | None = None) -> SpacedDiffusion | FlowMatching:
@@ -342,8 +323,7 @@ def ignored_in_sampling(run: Run) -> list[str]:
 
 def _is_default(run, name):
     """Whether a flag says what holds without it; unclamped is what a solver that does not clamp does anyway."""
-    defaults = field_defaults(*NETWORK_SECTIONS, *SAMPLING, LatentClassifierConfig)
-    return getattr(run, name) == {**defaults, "clip_denoised": False}[name]
+    return getattr(run, name) == {**run.defaults, "clip_denoised": False}[name]
 
 
 def estimate_run(run: Run, vae) -> Estimate:

@@ -6,8 +6,10 @@ or the new one, never half of either, and a full disk costs only the new one. Fi
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import os
 import pickle
 from collections import OrderedDict
@@ -66,6 +68,22 @@ def save(obj, path) -> None:
     """`torch.save`, atomically."""
     with atomic_write(path) as handle:
         th.save(obj, handle)
+
+
+def save_safetensors(tensors: dict[str, th.Tensor], path, metadata: dict[str, str]) -> None:
+    """Tensors and words about them as one .safetensors file, atomically."""
+    from safetensors.torch import save
+
+    with atomic_write(path) as handle:
+        handle.write(save(tensors, metadata))
+
+
+def save_csv(rows, path) -> None:
+    """Rows of values as a .csv file, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with atomic_write(path) as handle:
+        handle.write(text.getvalue().encode())
 
 
 def digest(path) -> str:

@@ -34,6 +34,18 @@ class UserError(ValueError):
     """Something the user can mend: one line that names the flag, the value and the remedy; scripts exit with code 2."""
 
 
+def refuse_below(section, least: int, *names: str) -> None:
+    """Raise if one of a section's numbers is below 0 or 1 (`least`), or not a number.
+
+    Raises:
+        UserError: names the flag and its value.
+    """
+    for name in names:
+        if not getattr(section, name) >= least:
+            bound = "at least 1" if least else "0 or more"
+            raise UserError(f"--{name} is {getattr(section, name)}; it must be {bound}")
+
+
 def str2bool(value: str | bool) -> bool:
     """Read a boolean flag as upstream does: yes/true/t/y/1 or no/false/f/n/0, in any case."""
     if isinstance(value, bool):

@@ -86,12 +86,10 @@ class Denoiser:
             noisier, cleaner = np.where(too_noisy, middle, noisier), np.where(too_noisy, cleaner, middle)
         return (noisier + cleaner) / 2
 
-    def log_snr_seen(self, seen: th.Tensor) -> th.Tensor:
-        """lambda where the network sees the times `seen`, (N,)."""
-        times = np.linspace(*self.interval[::-1], 1001)
-        places, log_snr = self._seen(times), self._lambda(times)
-        order = np.argsort(places)
-        return th.from_numpy(np.interp(seen.double().cpu().numpy(), places[order], log_snr[order])).to(seen.device)
+    def seen_from(self, log_snr: float) -> float:
+        """The time that the network sees where lambda reaches a value; the walk's first if it begins above."""
+        times = np.linspace(*self.interval, 1001)
+        return float(self._seen(np.interp(log_snr, self._lambda(times), times)))
 
     def points(self, times: np.ndarray) -> list[Point]:
         """What a walk needs of its times, computed once, on the host, in float64."""

@@ -181,26 +181,26 @@ class ClassifierGradient:
 
     Args:
         classifier: (x_t, t) -> logits (N, K), each sample's from that sample alone; in eval mode.
-        log_snr: (t) -> lambda = log(alpha / sigma) there; where it is below `DEAF` the gradient is 0. The true one
-            falls with alpha, a trained one not below its errors, and what x_start is guessed to be divides by alpha.
+        heard: (t) -> bool (N,): elsewhere the gradient is 0, and no classifier is asked where it is for all. Deep in
+            noise the true gradient falls with alpha, a trained one not below its errors, and what x_start is guessed
+            to be divides by alpha. None is everywhere.
     Source: Dhariwal and Nichol 2021, section 4.
     """
 
-    def __init__(
-        self, classifier: Model, scale: float = 1.0, *, log_snr: Callable[[th.Tensor], th.Tensor] | None = None
-    ):
-        self.classifier, self.scale, self.log_snr = classifier, scale, log_snr
+    def __init__(self, classifier: Model, scale: float = 1.0, *, heard: Callable[[th.Tensor], th.Tensor] | None = None):
+        self.classifier, self.scale, self.heard = classifier, scale, heard
 
     def __call__(self, x: th.Tensor, t: th.Tensor, y: th.Tensor, **kwargs) -> th.Tensor:
+        x = x.detach().to(_at_least_float32(x))
+        heard = th.ones_like(t, dtype=th.bool) if self.heard is None else self.heard(t)
+        if not heard.any():
+            return th.zeros_like(x)
         with th.enable_grad():
-            x = x.detach().to(_at_least_float32(x)).requires_grad_()
+            x.requires_grad_()
             logits = self.classifier(x, t)
             log_probability = logits.to(_at_least_float32(logits)).log_softmax(1).gather(1, y[:, None])
             (gradient,) = th.autograd.grad(log_probability.sum(), x)
-        if self.log_snr is None:
-            return self.scale * gradient
-        heard = (self.log_snr(t) >= DEAF).to(gradient).view(-1, *[1] * (x.ndim - 1))
-        return self.scale * heard * gradient
+        return self.scale * gradient * heard.view(-1, *[1] * (x.ndim - 1))
 
 
 class Unlabelled:

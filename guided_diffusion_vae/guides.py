@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch as th
 
 from . import dist_util
-from .assembly import NETWORK_SECTIONS, load_network
+from .assembly import NETWORK_SECTIONS
 from .checkpoint import digest
 from .config import Run, UserError, field_defaults, typed
 from .denoiser import denoiser_of
-from .guidance import ClassifierGradient, GuidanceConfig, Unlabelled, guide
+from .guidance import DEAF, ClassifierGradient, GuidanceConfig, Unlabelled, guide
 from .image_datasets import speaking_of
 from .noised_classifier import classifier_times, load_classifier
 from .run_record import read_run
+from .trained import load_network
 
 PREDICTS = {"gaussian": ("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart", "predict_v")}
 PREDICTS["gaussian"] += ("zero_terminal_snr",)
@@ -56,8 +57,12 @@ def with_guides(run: Run, model, process, vae, class_names: list[str]) -> Guided
     def at_seen_times(x, t):
         return classifier(x, classifier_times(process, t))
 
-    log_snr = denoiser_of(process, model).log_snr_seen
-    gradient = ClassifierGradient(at_seen_times, config.classifier_scale, log_snr=log_snr)
+    first = process.place_on_path(th.tensor(denoiser_of(process, model).seen_from(DEAF)))
+
+    def heard(t):
+        return process.place_on_path(t.float()) >= first
+
+    gradient = ClassifierGradient(at_seen_times, config.classifier_scale, heard=heard)
     return Guided(guided if run.class_cond else Unlabelled(guided), gradient, class_names, True)
 
 

@@ -85,15 +85,12 @@ def save_latents(folder: Path, latents, labels, vae: VAEInterface) -> Path:
     Raises:
         SaveError: see `checkpoint.atomic_write`.
     """
-    from safetensors.torch import save
-
     path = Path(folder) / f"latents_{'x'.join(map(str, latents.shape))}.safetensors"
     tensors = {"latents": th.as_tensor(latents).float().contiguous().cpu()}
     if labels is not None:
         tensors["labels"] = th.as_tensor(labels).long()
     metadata = {"autoencoder": vae.fingerprint, **vae.latent_scale.words(), "kind": KIND}
-    with checkpoint.atomic_write(path) as handle:
-        handle.write(save(tensors, metadata))
+    checkpoint.save_safetensors(tensors, path, metadata)
     return path
 
 

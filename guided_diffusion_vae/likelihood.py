@@ -9,8 +9,6 @@ and a flow has it by its ODE, see `FlowMatching.log_likelihood`. Row i draws its
 not depend on the batch size or the number of processes. No image is mirrored: upstream mirrors half of what it judges.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .checkpoint import atomic_write
-from .config import UserError
+from .checkpoint import atomic_write, save_csv
+from .config import UserError, refuse_below
 from .data.stream import LIKELIHOOD, mix
 from .flow_matching import FlowMatching
 from .sample_util import PerImageNoise
@@ -54,9 +52,7 @@ class LikelihoodConfig:
     log_dir: str = ""  # where the numbers go; empty: OPENAI_LOGDIR, else likelihood/ beside the model
 
     def __post_init__(self):
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "num_samples", "batch_size")
         if self.num_steps < 2:
             raise UserError(f"--num_steps is {self.num_steps}; the ODE needs both ends of its grid: give 2 or more")
 
@@ -149,15 +145,11 @@ class Tally:
         `vb_terms.npz` (in the unit of the mean), `mse_terms.npz` and `xstart_mse_terms.npz` hold the mean of every
         step, from T - 1 to 0, as arr_0: float32 (T,).
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["user", "samples", self.unit, "standard_error"])
         owners = np.full(len(self.rows), -1) if self.labels is None else self.labels[self.rows]
-        for label in sorted(set(owners[owners >= 0].tolist())):
-            writer.writerow([self.class_names[label], *_summary(self.nll[owners == label])])
-        writer.writerow(["all", *_summary(self.nll)])
-        with atomic_write(Path(folder) / "nll.csv") as handle:
-            handle.write(text.getvalue().encode())
+        users = sorted(set(owners[owners >= 0].tolist()))
+        rows = [["user", "samples", self.unit, "standard_error"]]
+        rows += [[self.class_names[label], *_summary(self.nll[owners == label])] for label in users]
+        save_csv([*rows, ["all", *_summary(self.nll)]], Path(folder) / "nll.csv")
         for name, total in self.sums.items():
             with atomic_write(Path(folder) / f"{name}_terms.npz") as handle:
                 np.savez(handle, (total / len(self.rows)).astype(np.float32))

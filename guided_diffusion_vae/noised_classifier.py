@@ -15,7 +15,7 @@ import torch as th
 import torch.nn.functional as F
 
 from . import checkpoint, dist_util, logger
-from .config import Run, UserError, typed
+from .config import Run, UserError, refuse_below, typed
 from .flow_matching import FlowConfig, FlowMatching
 from .image_datasets import speaking_of
 from .model_flags import load_weights, network_weights
@@ -71,12 +71,8 @@ class ClassifierTrainConfig:
     log_dir: str = ""  # where it goes; empty: OPENAI_LOGDIR, else runs/classifier
 
     def __post_init__(self):
-        for name in ("iterations", "batch_size", "log_interval", "eval_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("weight_decay", "keep_checkpoints", "max_hours"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        refuse_below(self, 1, "iterations", "batch_size", "log_interval", "eval_interval", "save_interval")
+        refuse_below(self, 0, "weight_decay", "keep_checkpoints", "max_hours")
         if self.lr <= 0:
             raise UserError(f"--lr is {self.lr}; it must be above 0")
         for name, known in (("process", tuple(PROCESS_FLAGS)), ("amp", ("none", "bf16", "auto"))):

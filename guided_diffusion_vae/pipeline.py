@@ -13,7 +13,7 @@ import torch as th
 
 from . import checkpoint, run_record
 from .assembly import SamplerConfig, create_process, create_sampler, try_settings
-from .config import Run, UserError, read_yaml
+from .config import Run, UserError, read_yaml, refuse_below
 from .data.image_folder import list_files, list_images
 from .data.latent_shards import LatentShards, find_shards
 from .dist_util import detect_launch
@@ -36,9 +36,7 @@ class PipelineConfig:
     keep_best: bool = True  # sample from the average with the lowest validation loss; False: from the last one
 
     def __post_init__(self):
-        for name in ("processes", "num_samples_per_user", "sample_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "processes", "num_samples_per_user", "sample_batch_size")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, dist_util, logger
-from .config import UserError
+from .config import UserError, refuse_below
 from .nn import update_ema
 
 FOLDER = "posthoc"  # of the snapshots, in the log folder
@@ -173,8 +173,7 @@ class PosthocConfig:
 
     def __post_init__(self):
         refuse_length(self.sigma_rel, "--sigma_rel")
-        if self.step < 0:
-            raise UserError(f"--step is {self.step}; it must be 0 or more")
+        refuse_below(self, 0, "step")
 
 
 class Snapshot(NamedTuple):

@@ -118,11 +118,10 @@ def refuse_other_training(run: Run, folder, sections, *, flag: str = "--log_dir"
     trained = training_in(folder)[0]
     if not trained:
         return
-    defaults = field_defaults(*sections)
-    names = [name for name in KEPT if name in trained and hasattr(run, name)] + [*defaults]
+    names = [name for name in KEPT if name in trained and name in run.defaults] + [*field_defaults(*sections)]
     for name in (name for name in names if name != "allow_download"):
         wanted = getattr(run, name)
-        before = typed(name, trained.get(name, defaults.get(name)), wanted, "run.yaml")
+        before = typed(name, trained.get(name, run.defaults[name]), wanted, "run.yaml")
         if before != wanted and (name not in MAY_DIFFER or before in fixed or wanted in fixed):
             raise UserError(
                 f"--{name} is {wanted!r}, but {folder} holds a training with {before!r}:"

@@ -7,7 +7,6 @@ the same image whatever the batch size and the number of processes.
 
 import contextlib
 import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ import torch as th
 from PIL import Image, ImageDraw
 
 from . import dist_util
-from .checkpoint import atomic_write
-from .config import UserError
+from .checkpoint import atomic_write, save_csv
+from .config import UserError, refuse_below
 from .data.image_folder import class_number
 from .data.stream import mix
 from .latent_transport import save_latents
@@ -46,9 +45,7 @@ class SamplingConfig:
     log_dir: str = ""  # where the samples go; empty: OPENAI_LOGDIR, else samples/ beside the model
 
     def __post_init__(self):
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "num_samples", "batch_size")
         if self.num_samples_per_user < 0:
             raise UserError(f"--num_samples_per_user is {self.num_samples_per_user}; give 1 or more")
         if self.num_samples_per_user and not self.users:
@@ -282,15 +279,12 @@ def save_manifest(folder: Path, files: list[str], batch: Batch, class_names: lis
         files: of the images; fewer than images if none were written.
         about: what holds for all images: settings, the model and its fingerprint.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*IN_MANIFEST, *about])
+    rows = [[*IN_MANIFEST, *about]]
     for row, label in enumerate(_labels(batch)):
         user = "" if label is None else class_names[label]
         number = "" if label is None else int(label)
-        writer.writerow([files[row] if files else "", row, user, number, *about.values()])
-    with atomic_write(Path(folder) / "manifest.csv") as handle:
-        handle.write(text.getvalue().encode())
+        rows.append([files[row] if files else "", row, user, number, *about.values()])
+    save_csv(rows, Path(folder) / "manifest.csv")
 
 
 def read_manifest(folder: Path) -> list[dict]:
@@ -309,7 +303,8 @@ def read_manifest(folder: Path) -> list[dict]:
 def remove_old_samples(folder: Path) -> None:
     """Remove the PNGs that the folder's manifest lists, and their grids, lest they pass for those of a new run.
 
-    Nothing else: no path of a manifest leads out of `png/` and `grids/`, and a file it does not list stays.
+    Nothing else but the manifest itself: no path in it leads out of `png/` and `grids/`, and a file it does not list
+    stays.
     """
     root, rows = Path(folder).resolve(), read_manifest(folder)
     listed = {row["file"] for row in rows if row["file"].startswith("png/")}

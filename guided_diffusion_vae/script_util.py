@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 
 from . import gaussian_diffusion as gd
-from .config import UserError, add_dict_to_argparser, args_to_dict, field_defaults, str2bool
+from .config import UserError, add_dict_to_argparser, args_to_dict, field_defaults, refuse_below, str2bool
 from .model_flags import load_weights
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -51,9 +51,7 @@ class ModelConfig:
     use_new_attention_order: bool = False  # split q, k, v before the heads
 
     def __post_init__(self):
-        for name in ("image_size", "num_channels", "num_res_blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "image_size", "num_channels", "num_res_blocks")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is {self.dropout}; a probability lies between 0 and 1")
 

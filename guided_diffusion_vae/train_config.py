@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch as th
 
-from .config import UserError
+from .config import UserError, refuse_below
 from .posthoc_ema import lengths_of
 
 
@@ -46,14 +46,10 @@ class TrainConfig:
     sharding: str = "none"  # none (every process holds the model) or fsdp2 (a share of weights, optimizer and averages)
 
     def __post_init__(self):
-        for name in ("batch_size", "log_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "batch_size", "log_interval", "save_interval")
         steps = "lr_anneal_steps", "warmup_steps", "max_steps", "max_epochs", "sample_interval", "val_interval"
         steps += "patience", "max_memorisation", "posthoc_interval"
-        for name in (*steps, "keep_checkpoints", "max_hours", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        refuse_below(self, 0, *steps, "keep_checkpoints", "max_hours", "grad_clip")
         for name in (name for name in ("patience", "max_memorisation") if getattr(self, name) and not self.val_dir):
             raise UserError(f"--{name} {getattr(self, name)} needs --val_dir, the held-out data to judge by")
         if self.max_memorisation >= 1:

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .config import UserError
+from .config import UserError, refuse_below
 from .data.vae_data import Part, VAEDataConfig
 from .sample_util import Batch, PngWriter, save_grid, to_pixels
 from .vae_tasks import PlainTask
@@ -32,8 +32,7 @@ class InferConfig:
     seed: int = 0  # of what is drawn
 
     def __post_init__(self):
-        if self.n < 1:
-            raise UserError(f"--n is {self.n}; it must be at least 1")
+        refuse_below(self, 1, "n")
 
 
 def infer(model, data: VAEDataConfig, config: InferConfig, say=print) -> None:

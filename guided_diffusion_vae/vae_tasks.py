@@ -18,7 +18,7 @@ from .autoencoders.base import VAEBase
 from .autoencoders.conv import CelebaVAE, MnistVAE
 from .autoencoders.kl import KLAutoencoder, KLConfig
 from .autoencoders.objectives import Objective, ObjectiveConfig, restore_from_training_checkpoint
-from .config import UserError
+from .config import UserError, refuse_below
 from .data.vae_data import VAEDataConfig
 from .latent_transport import Moments, Transport, read_latents
 from .vae_wrapper import LatentScale, open_autoencoder
@@ -49,9 +49,7 @@ class VAEModelConfig:
     def __post_init__(self):
         if self.model not in (KL, *MODELS):
             raise UserError(f"--model is {self.model!r}; choose {', '.join((KL, *MODELS))}")
-        for name in ("latent_dim", "base_channels", "ch", "num_res_blocks", "z_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        refuse_below(self, 1, "latent_dim", "base_channels", "ch", "num_res_blocks", "z_channels", "norm_groups")
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ch_mult.replace(" ", "")):
             raise UserError(f"--ch_mult is {self.ch_mult!r}; give whole numbers with commas, such as 1,2,4")
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.attn_resolutions.replace(" ", "")):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from . import checkpoint, dist_util, logger
 from .autoencoders.kl import KLAutoencoder
 from .autoencoders.objectives import check_finite
-from .config import UserError
+from .config import UserError, refuse_below
 from .data.stream import AMOUNT, DROPOUT, POSTERIOR, BatchStream, mix, slot_randn
 from .fp16_util import TrainingDiverged
 from .nn import update_ema
@@ -64,12 +64,8 @@ class VAETrainConfig:
     half: bool = True  # publish in float16: half the file
 
     def __post_init__(self):
-        for name in ("batch_size", "log_interval", "epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_steps", "save_interval", "save_epochs", "warmup_steps", "grad_clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        refuse_below(self, 1, "batch_size", "log_interval", "epochs")
+        refuse_below(self, 0, "max_steps", "save_interval", "save_epochs", "warmup_steps", "grad_clip", "weight_decay")
         if self.decoder_only and not self.ckpt:
             raise UserError("--decoder_only True needs --ckpt, the autoencoder whose decoder is tuned")
         if self.generated_latents and not self.decoder_only:

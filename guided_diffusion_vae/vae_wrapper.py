@@ -376,8 +376,6 @@ def save_autoencoder(
     Raises:
         SaveError: see `checkpoint.atomic_write`.
     """
-    from safetensors.torch import save
-
     scale = scale_factor if isinstance(scale_factor, LatentScale) else LatentScale(float(f"{scale_factor:.5g}"))
     origin = model.origin or {}
     weights = {f"{ORIGIN}{key}": value for key, value in origin.items()}
@@ -388,8 +386,8 @@ def save_autoencoder(
         weights[key] = (value.half() if half and not whole else value).contiguous().cpu()
     metadata = {"config": json.dumps(model.config_dict()), **scale.words()}
     metadata |= {"latent_space": fingerprint(model, scale)} if origin else {}
-    with checkpoint.atomic_write(path) as handle:
-        handle.write(save(weights, {**metadata, **({"trained": json.dumps(about)} if about else {})}))
+    metadata |= {"trained": json.dumps(about)} if about else {}
+    checkpoint.save_safetensors(weights, path, metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,20 +7,18 @@
 Only --model_path is needed: run.yaml beside the checkpoint supplies the rest. Also started by mpiexec, torchrun, srun.
 """
 
-import os
 import time
 from dataclasses import fields
 from pathlib import Path
 
 from guided_diffusion_vae import assembly, dist_util, logger
-from guided_diffusion_vae.assembly import NETWORK_SECTIONS, NUM_CLASSES, SamplerConfig
+from guided_diffusion_vae.assembly import SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
-from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.config import create_argparser
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.guides import digests, with_guides
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.noised_classifier import LatentClassifierConfig
-from guided_diffusion_vae.run_record import read_run, refuse_contradictions
 from guided_diffusion_vae.sample_util import (
     PngWriter,
     SamplingConfig,
@@ -33,9 +31,8 @@ from guided_diffusion_vae.sample_util import (
     save_samples,
 )
 from guided_diffusion_vae.train_util import TrainConfig
-from guided_diffusion_vae.vae_wrapper import PIXEL, VAEConfig, load_vae
+from guided_diffusion_vae.trained import NETWORK, open_model, results_folder, run_of_model
 
-NETWORK = (*NETWORK_SECTIONS, VAEConfig)
 OURS = (SamplingConfig, SamplerConfig, GuidanceConfig, LatentClassifierConfig)
 TRAINING = (DataConfig, TrainConfig)
 ALIASES = {"users": "user_ids", "cfg_scale": "condition_scale"}
@@ -45,28 +42,19 @@ RECORDED += ("timestep_respacing", *(field.name for field in fields(GuidanceConf
 
 def main(argv=None):
     parser = create_argparser(*OURS, *NETWORK, description=__doc__, aliases=ALIASES, elsewhere=TRAINING)
-    settings, record = read_run(parse_run(parser, argv).model_path)
-    network_names = [field.name for section in NETWORK for field in fields(section)]
-    run = parse_run(parser, argv, base={name: settings[name] for name in network_names if name in settings})
-    refuse_contradictions(run, settings, network_names)
-    if "clip_denoised" not in run.given:
-        run = run.replace(clip_denoised=run.vae_path == PIXEL)
+    run, record = run_of_model(parser, argv)
     assembly.refuse_unfit(run)
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
         return
     dist_util.setup_dist()
-    beside_model = Path(run.model_path).parent / "samples"
-    logger.configure(dir=run.log_dir or os.getenv("OPENAI_LOGDIR") or str(beside_model))
+    logger.configure(dir=results_folder(run, "samples"))
     if ignored := assembly.ignored_in_sampling(run):
         logger.warn(f"without effect: {', '.join(ignored)}")
 
     logger.log("creating model and diffusion...")
-    stats = Path(run.model_path).with_name("latents_stats.pt")
-    vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats).to(dist_util.dev())
-    class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
-    model = assembly.load_network(run, vae, num_classes=len(class_names))
+    model, vae, class_names = open_model(run, record)
     process = assembly.create_process(run, vae, run.section(SamplerConfig))
     model, cond_fn, class_names, labelled = with_guides(run, model, process, vae, class_names)
 

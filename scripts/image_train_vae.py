@@ -16,7 +16,7 @@ import torch as th
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.assembly import (
     NETWORK_SECTIONS,
-    SamplerConfig,
+    SAMPLING,
     create_network,
     create_preview_sampler,
     create_process,
@@ -25,7 +25,6 @@ from guided_diffusion_vae.assembly import (
     try_settings,
 )
 from guided_diffusion_vae.config import create_argparser, parse_run
-from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder
@@ -44,8 +43,7 @@ class OutputConfig:
 
 
 def main(argv=None):
-    sampling = (SamplerConfig, GuidanceConfig)
-    run = parse_run(create_argparser(*SECTIONS, OutputConfig, description=__doc__, elsewhere=sampling), argv)
+    run = parse_run(create_argparser(*SECTIONS, OutputConfig, description=__doc__, elsewhere=SAMPLING), argv)
     if dist_util.rank() == 0:
         print(run)
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train"

@@ -11,10 +11,9 @@ from pathlib import Path
 from evaluations.image_sets import read_real
 from evaluations.measure import refuse_too_few
 from guided_diffusion_vae import dist_util, pipeline
-from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig
+from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SAMPLING
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.latent_extract import ExtractConfig
-from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.pipeline import PipelineConfig, average, digest, flags, judged_by, samples_file
 from guided_diffusion_vae.stages import Stage, python, run_stages, shown
@@ -22,7 +21,6 @@ from guided_diffusion_vae.train_config import TrainConfig
 from guided_diffusion_vae.vae_wrapper import PIXEL, STATS, VAEConfig
 
 TRAINING = (TrainConfig, DataConfig, *NETWORK_SECTIONS, VAEConfig)
-SAMPLING = (SamplerConfig, GuidanceConfig)
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,6 +26,16 @@ def fill_by_name(model, seed):
     for name, param in model.named_parameters():
         values = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).randn(*param.shape) * 0.05
         param.data.copy_(th.from_numpy(values + (0.5 if param.ndim == 1 else 0.0)))
+
+
+def draw_users(root, users, count, size=32, *, high=255, rng=None):
+    """`count` square pictures of noise for each user: root/USER/0.png and so on. Returns the folder."""
+    rng = rng or np.random.RandomState(0)
+    for user in users:
+        (root / user).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.randint(0, high, (size, size, 3)).astype(np.uint8)).save(root / user / f"{i}.png")
+    return root
 
 
 def script(name, *flags, ranks=1, check=True, timeout=300, **env):

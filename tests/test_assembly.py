@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion_vae import assembly, logger
+from guided_diffusion_vae import assembly, logger, trained
 from guided_diffusion_vae.assembly import NETWORK_SECTIONS, SamplerConfig, create_network, create_process
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 from guided_diffusion_vae.denoiser import denoiser_of
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_lightningdit_is_sampled_from_as_it_is(form, tmp_path):
     weights = create_network(run, PIXEL, num_classes=3).state_dict()
     th.save(FORMS[form](weights), path)
     with logger.scoped_configure(dir=tmp_path, format_strs=["log"]):
-        loaded = assembly.load_network(run, PIXEL, num_classes=3)
+        loaded = trained.load_network(run, PIXEL, num_classes=3)
     assert not loaded.training
     assert all(th.equal(value.cpu(), weights[key]) for key, value in loaded.state_dict().items())
     told = {"bare": [], "training": ["taking its weights 'ema'"], "no average": ["taking its weights 'model'"]}[form]

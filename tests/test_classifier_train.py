@@ -6,8 +6,7 @@ import csv
 import numpy as np
 import pytest
 import torch as th
-from helpers import script
-from PIL import Image
+from helpers import draw_users, script
 
 from guided_diffusion_vae import checkpoint, logger
 from guided_diffusion_vae.config import Run, UserError, create_argparser, parse_run
@@ -217,11 +216,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("classifier")
     rng = np.random.RandomState(0)
     for part, names in (("train", NAMES), ("fewer", NAMES[:2])):
-        for name in names:
-            (root / part / name).mkdir(parents=True)
-            for i in range(3):
-                pixels = rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+        draw_users(root / part, names, 3, rng=rng)
     return root
 
 

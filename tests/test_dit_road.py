@@ -11,8 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from helpers import ROOT, script
-from PIL import Image
+from helpers import ROOT, draw_users, script
 
 from guided_diffusion_vae import checkpoint
 
@@ -28,10 +27,7 @@ def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("dit_road")
     rng = np.random.RandomState(0)
     for part in ("train", "val"):
-        for name in NAMES:
-            (root / part / name).mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / part / name / f"{i}.png")
+        draw_users(root / part, NAMES, 3, rng=rng)
     flags = ["--data_dir", root / "train", "--val_dir", root / "val", "--out_dir", root / "latents"]
     script("latent_extract.py", *flags, "--image_size", 32)
     return root / "latents"

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch as th
-from test_train_features import HeldOut, Net, Stream, loop
+from test_train_features import HeldOut, Net, Stream, folder, log_of, loop  # noqa: F401
 
+# ruff: noqa: F811  (`folder` is a fixture)
 from guided_diffusion_vae import checkpoint, logger, validation
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.flow_matching import FlowMatching
@@ -24,16 +25,6 @@ class Seen(Stream):
         Seen.asked, rows = (count, seed), HeldOut(count)
         rows.z = rows.z + 1
         return rows
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path):
-    with logger.scoped_configure(str(tmp_path), format_strs=["log", "csv"]):
-        yield tmp_path
-
-
-def log_of(folder):
-    return (folder / "log.txt").read_text()
 
 
 @pytest.fixture

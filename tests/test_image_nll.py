@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch as th
-from helpers import script
-from PIL import Image
+from helpers import draw_users, script
 
 from guided_diffusion_vae import checkpoint
 from guided_diffusion_vae.assembly import NETWORK_SECTIONS, create_network
@@ -169,12 +168,7 @@ NAMES = ["user_00", "user_01"]
 def trained(tmp_path_factory):
     """A data folder of two users, and a model of them as training begins with it."""
     root = tmp_path_factory.mktemp("nll")
-    rng = np.random.RandomState(0)
-    for name in NAMES:
-        (root / "data" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / "data" / name / f"{i}.png")
+    draw_users(root / "data", NAMES, 3)
     run = parse_run(create_argparser(*NETWORK_SECTIONS, VAEConfig), TINY.split())
     vae = load_vae(run.section(VAEConfig))
     (root / "run").mkdir()

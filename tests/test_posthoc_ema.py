@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from helpers import script
-from PIL import Image
+from helpers import draw_users, script
 from test_train_features import killed_and_resumed, loop
 
 from guided_diffusion_vae import checkpoint, dist_util, logger, run_state
@@ -292,12 +291,7 @@ def test_shares_make_the_same_averages_and_outlive_a_loss(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_builds_what_the_sampler_takes(tmp_path):
-    rng = np.random.RandomState(0)
-    for user in range(2):
-        (tmp_path / f"data/user_{user:02d}").mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"data/user_{user:02d}/{i}.png")
+    draw_users(tmp_path / "data", ["user_00", "user_01"], 3)
     flags = "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2 --attention_resolutions 8"
     flags += " --image_size 32 --diffusion_steps 100 --batch_size 2 --max_steps 16 --class_cond True --lr 1e-3"
     flags += " --posthoc_ema 0.05,0.10 --class_balance True"

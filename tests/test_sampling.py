@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch as th
-from helpers import script
+from helpers import draw_users, script
 from PIL import Image
 
 from evaluations.image_sets import read_samples
@@ -20,11 +20,7 @@ NAMES = ["user_01", "user_07", "user_30"]
 def trained(tmp_path_factory):
     """A checkpoint after three steps on three users; where it is, and its model."""
     root = tmp_path_factory.mktemp("sampling")
-    rng = np.random.RandomState(0)
-    for name in NAMES:
-        (root / "data" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.fromarray(rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / "data" / name / f"{i}.png")
+    draw_users(root / "data", NAMES, 2)
     flags = "--num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2 --attention_resolutions 8".split()
     flags += "--image_size 32 --diffusion_steps 50 --noise_schedule cosine --class_cond True --max_steps 3".split()
     flags += ["--ema_rate", 0.9, "--batch_size", 2, "--lr", 1e-2, "--sample_interval", 3]

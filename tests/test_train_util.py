@@ -12,8 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from helpers import ROOT, fill_by_name, golden, script
-from PIL import Image
+from helpers import ROOT, draw_users, fill_by_name, golden, script
 
 from guided_diffusion_vae import checkpoint, logger, train_util
 from guided_diffusion_vae.script_util import create_gaussian_diffusion
@@ -98,12 +97,7 @@ TINY += "--image_size 32 --ema_rate 0.9,0.99 --lr 1e-3 --diffusion_steps 100 --l
 def folder(tmp_path_factory):
     """Two users with five images each."""
     root = tmp_path_factory.mktemp("data")
-    rng = np.random.RandomState(0)
-    for user in range(2):
-        (root / f"user_{user:02d}").mkdir()
-        for i in range(5):
-            Image.fromarray(rng.randint(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / f"user_{user:02d}/{i}.png")
-    return root
+    return draw_users(root, ["user_00", "user_01"], 5)
 
 
 def train(folder, log_dir, *flags, ranks=1, **options):

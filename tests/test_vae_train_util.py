@@ -2,10 +2,9 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch as th
-from helpers import script
+from helpers import draw_users, script
 from PIL import Image
 
 from guided_diffusion_vae import checkpoint
@@ -23,13 +22,7 @@ TINY = VAEModelConfig(ch=8, ch_mult="1,2", norm_groups=4)
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two users with six 24 x 24 pictures each."""
-    root = tmp_path_factory.mktemp("vae_images")
-    rng = np.random.RandomState(0)
-    for user in ("user_00", "user_01"):
-        (root / user).mkdir()
-        for i in range(6):
-            Image.fromarray(rng.randint(0, 256, (24, 24, 3)).astype(np.uint8)).save(root / user / f"{i}.png")
-    return root
+    return draw_users(tmp_path_factory.mktemp("vae_images"), ["user_00", "user_01"], 6, 24, high=256)
 
 
 def trainer(images, folder, model=TINY, objective=None, ckpt="", channels=None, **settings):

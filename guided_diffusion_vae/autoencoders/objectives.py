@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch as th
 import torch.nn as nn
 
-from ..config import UserError
+from ..config import UserError, refuse_below
 from ..fp16_util import TrainingDiverged
 from .adversarial import D_LOSSES, PatchDiscriminator, adaptive_weight, generator_loss
 from .base import Posterior
@@ -66,9 +66,7 @@ class ObjectiveConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:  # also not NaN
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+        refuse_below(self, 0, *NOT_NEGATIVE)
         for name in ("disc_num_layers", "disc_ndf"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 or more")

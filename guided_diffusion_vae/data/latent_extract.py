@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .. import checkpoint, dist_util
-from ..config import UserError
+from ..config import UserError, refuse_below
 from ..image_datasets import PARTS, ImageDataset, describe, speaking_of
 from ..vae_wrapper import stats_file
 from .image_folder import ImageFolder, list_images, refuse
@@ -53,11 +53,8 @@ class ExtractConfig:
     num_workers: int = 0  # processes that read images for each process that encodes
 
     def __post_init__(self):
-        for name in ("image_size", "shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_workers < 0:
-            raise UserError(f"--num_workers is {self.num_workers}; it must be 0 or more")
+        refuse_below(self, 1, "image_size", "shard_size", "batch_size")
+        refuse_below(self, 0, "num_workers")
         if self.layout not in LAYOUTS:
             raise UserError(f"--layout is {self.layout!r}; choose {' or '.join(LAYOUTS)}")
 

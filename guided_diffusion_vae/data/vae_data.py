@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..config import UserError
+from ..config import UserError, refuse_below
 from .image_folder import image_from_pixels, read_rgb
 from .plain_datasets import PlainDataset, Split, celeba, image_dir, mnist
 
@@ -27,8 +27,7 @@ class VAEDataConfig:
     def __post_init__(self):
         if self.dataset not in DATASETS:
             raise UserError(f"--dataset is {self.dataset!r}; choose {', '.join(DATASETS)}")
-        if self.image_size < 1:
-            raise UserError(f"--image_size is {self.image_size}; it must be at least 1")
+        refuse_below(self, 1, "image_size")
         if self.limit < 0:
             raise UserError(f"--limit is {self.limit}; give a number of images, or 0 for all")
         if self.random_crop and self.dataset == "mnist":

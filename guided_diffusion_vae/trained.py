@@ -1,0 +1,82 @@
+"""A trained model again: its settings from the `run.yaml` beside the checkpoint, its autoencoder, users and weights."""
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch as th
+
+from . import checkpoint, dist_util, logger
+from .assembly import NETWORK_SECTIONS, NUM_CLASSES, create_network
+from .config import Parser, Run, parse_run
+from .model_flags import load_weights, network_weights, part_of
+from .run_record import read_run, refuse_contradictions
+from .vae_wrapper import PIXEL, STATS, VAEConfig, VAEInterface, load_vae
+
+NETWORK = (*NETWORK_SECTIONS, VAEConfig)  # what a model is; a script that opens one has these flags
+
+
+class Trained(NamedTuple):
+    """A network in eval mode on this process's device, the autoencoder of its latents, and what its labels mean."""
+
+    model: th.nn.Module
+    vae: VAEInterface
+    class_names: list[str]
+
+
+def run_of_model(parser: Parser, argv=None) -> tuple[Run, dict]:
+    """The run that the flags make of the one that `--model_path` came from, and the record of that one.
+
+    Args:
+        parser: has the sections of `NETWORK`, `--model_path` and `--clip_denoised`, which is True on pixels alone
+            unless it is given.
+    Raises:
+        UserError: see `read_run` and `refuse_contradictions`.
+    """
+    settings, record = read_run(parse_run(parser, argv).model_path)
+    names = [field.name for section in NETWORK for field in fields(section)]
+    run = parse_run(parser, argv, base={name: settings[name] for name in names if name in settings})
+    refuse_contradictions(run, settings, names)
+    if "clip_denoised" not in run.given:
+        run = run.replace(clip_denoised=run.vae_path == PIXEL)
+    return run, record
+
+
+def results_folder(run: Run, name: str) -> str:
+    """Where what is made with a model goes: `--log_dir`, OPENAI_LOGDIR, or the folder `name` beside the model."""
+    return run.log_dir or os.getenv("OPENAI_LOGDIR") or str(Path(run.model_path).parent / name)
+
+
+def open_model(run: Run, record: dict) -> Trained:
+    """Collective: call on every process. The model of `--model_path`, as `run_of_model` found it.
+
+    Raises:
+        UserError: see `load_vae` and `load_network`.
+    """
+    stats = Path(run.model_path).with_name(STATS)
+    vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats).to(dist_util.dev())
+    class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
+    return Trained(load_network(run, vae, num_classes=len(class_names)), vae, class_names)
+
+
+def load_network(run: Run, vae: VAEInterface, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
+    """Collective: call on every process. The trained network of `--model_path` on this process's device, to sample.
+
+    Raises:
+        UserError: no weights in the file, or of another network.
+    """
+    model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
+    weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
+    load_weights(model, weights, path=path, given=run.as_dict())
+    model.to(dist_util.dev())
+    if run.use_fp16:
+        model.convert_to_fp16()
+    return model.eval()
+
+
+def _weights_of(file, path: str) -> dict[str, th.Tensor]:
+    loaded = checkpoint.load(file)
+    if part_of(loaded):
+        logger.log(f"{path} is a training checkpoint: taking its weights {part_of(loaded)!r}")
+    return network_weights(loaded, path=path)
