@@ -1,12 +1,14 @@
 """How near generated spectrograms are to real ones, and whether user 7 is still user 7: arrays in, numbers out.
 
-image_sets        folders and .npz files as arrays
-statistics        distances between two clouds of features: Frechet, kernel
-manifold          neighbourhoods: precision, recall, density, coverage, nearest training images
-user_classifier   the judge: learns from real images who is walking; its features are the space of FD_user
-measure           all of it on samples, held-out real images and the worst images, at the same number of each
-report            every number between its floor and its ceiling: a table, report.json and a picture
-reconstruction    PSNR and SSIM of an autoencoder
+reading           image_sets: folders and .npz files as arrays; batches: the same in a stream, however large
+features          inception with inception_graph and graphdef: the 2015 network; user_classifier: the judge, who learns
+                  from real images who is walking; features: every space by name, with a cache
+numbers           statistics: Frechet and kernel distances; manifold: precision, recall, density, coverage, nearest;
+                  official: the five numbers in the official arithmetic; roc; reconstruction: PSNR and SSIM
+parts             classifier_tests with shortcut, verification with metric_learning, measure, physics, sifting,
+                  memorization, leaks: each makes one section of a report; augmentation: the study
+reports           findings: a number between the worst and real images, and its verdict; html; report: the short table
+commands          evaluator, make_reference: the official tool's; validation: what scripts/validate.py asks
 
 The package guided_diffusion_vae never imports this one.
 """

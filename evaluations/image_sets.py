@@ -24,11 +24,13 @@ class ImageSet(NamedTuple):
     pixels: np.ndarray
     labels: np.ndarray | None
     class_names: list[str] | None
+    files: list[str] | None = None  # of each image, relative to its folder
 
     def take(self, index) -> "ImageSet":
         """The images at these places."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageSet(self.pixels[index], labels, self.class_names)
+        files = None if self.files is None else np.array(self.files, dtype=object)[index].tolist()
+        return ImageSet(self.pixels[index], labels, self.class_names, files)
 
 
 def read_folder(
@@ -62,7 +64,8 @@ def read_folder(
         refuse(bad, len(found.paths))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
-    return ImageSet(np.stack(images), np.array(found.labels), found.class_names)
+    files = [Path(path).relative_to(folder).as_posix() for path in found.paths]
+    return ImageSet(np.stack(images), np.array(found.labels), found.class_names, files)
 
 
 def read_real(real_dir, heldout_dir, size: tuple[int, int], **options) -> tuple[ImageSet, ImageSet]:
@@ -106,7 +109,7 @@ def _pngs_of(folder: Path) -> Path:
     """Where the images of a folder of samples lie; the sampler's own holds grids beside them, which are none.
 
     Raises:
-        UserError: the sampler wrote no PNGs, or there are others beside those of its last run.
+        UserError: the sampler wrote no PNGs; some of its last run's are gone, or there are others beside them.
     """
     inner, listed = folder / "png", {row["file"] for row in read_manifest(folder)}
     found = {path.relative_to(folder).as_posix() for path in list_files(inner)} if inner.is_dir() else set()
@@ -156,4 +159,10 @@ def renumber(images: ImageSet, class_names: list[str], flag: str) -> ImageSet:
     if unknown:
         raise UserError(f"{flag} has the user {unknown[0]}, who is not in --real_dir ({len(unknown)} such users)")
     place = np.array([class_names.index(name) for name in images.class_names])
-    return ImageSet(images.pixels, place[images.labels], class_names)
+    return images._replace(labels=place[images.labels], class_names=class_names)
+
+
+def beside(samples, name: str) -> Path:
+    """The folder for what is said of samples: in the sampler's folder, or where the .npz lies."""
+    given = Path(samples)
+    return (given if (given / "png").is_dir() else given.parent) / name

@@ -12,6 +12,7 @@ a time, so that memory is bounded.
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
 
 BLOCK = 1024
 
@@ -36,24 +37,30 @@ def fidelity(real, generated, *, k_ball: int = 3, k_density: int = 5) -> Fidelit
         Kynkaanniemi et al. 2019, eq. 1 (closed balls); Naeem et al. 2020, eq. 4 and 5 (open balls).
     """
     x, y = _centred(real, generated)
-    ball_x, ball_y, open_x = radii(x, k_ball), radii(y, k_ball), radii(x, k_density)
-    in_real, held = [], 0
-    for _, d in _rows(y, x):  # (block of generated, N)
-        in_real.append((d <= ball_x).any(axis=1))
+    (ball_x, open_x), (ball_y,) = _radii(x, k_ball, k_density), _radii(y, k_ball)
+    in_real, held = np.empty(len(y), dtype=bool), 0
+    in_generated, nearest_generated = np.zeros(len(x), dtype=bool), np.full(len(x), np.inf, np.float32)
+    for rows, d in _rows(y, x):  # (block of generated, N)
+        in_real[rows] = (d <= ball_x).any(axis=1)
+        in_generated |= (d <= ball_y[rows, None]).any(axis=0)
         held += int((d < open_x).sum())
-    in_generated, covered = [], []
-    for rows, d in _rows(x, y):  # (block of real, M)
-        in_generated.append((d <= ball_y).any(axis=1))
-        covered.append(d.min(axis=1) < open_x[rows])
-    precision, recall, coverage = (float(np.concatenate(a).mean()) for a in (in_real, in_generated, covered))
+        np.minimum(nearest_generated, d.min(axis=0), out=nearest_generated)
+    precision, recall, coverage = (float(a.mean()) for a in (in_real, in_generated, nearest_generated < open_x))
     return Fidelity(precision, recall, held / (k_density * len(y)), coverage)
 
 
 def radii(points, k: int) -> np.ndarray:
     """Squared distance of every point (N, d) to its k-th other neighbour: (N,)."""
-    if len(points) <= k:
-        raise ValueError(f"{len(points)} points have no {k}-th neighbour; give more than {k}")
-    return np.concatenate([np.partition(d, k, axis=1)[:, k] for _, d in _rows(points, points)])  # 0 is the point itself
+    return _radii(points, k)[0]
+
+
+def _radii(points, *ks: int) -> np.ndarray:
+    """`radii` for several k at once: (len(ks), N)."""
+    lacking = [k for k in ks if len(points) <= k]
+    if lacking:
+        raise ValueError(f"{len(points)} points have no {lacking[0]}-th neighbour; give more than {lacking[0]}")
+    near = [np.partition(d, ks, axis=1)[:, ks] for _, d in _rows(points, points)]  # 0 is the point itself
+    return np.concatenate(near).T
 
 
 def nearest(points, references, *, count: int = 1, skip: int = 0) -> np.ndarray:
@@ -62,14 +69,18 @@ def nearest(points, references, *, count: int = 1, skip: int = 0) -> np.ndarray:
     Args:
         skip: leave out so many of the nearest; 1 where every point is among the references itself.
     """
+    return neighbours(points, references, count=count, skip=skip)[0]
+
+
+def neighbours(points, references, *, count: int = 1, skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Distances as of `nearest`, and which references they are: (N, count) each."""
     references, points = _centred(references, points)
     last = skip + count
     if len(references) < last:
         raise ValueError(f"{len(references)} references have no {last}-th nearest; give more")
-    near = [
-        np.sort(np.partition(d, last - 1, axis=1)[:, :last], axis=1)[:, skip:] for _, d in _rows(points, references)
-    ]
-    return np.sqrt(np.concatenate(near))
+    near = [th.from_numpy(d).topk(last, largest=False) for _, d in _rows(points, references)]
+    squares, places = (th.cat(column)[:, skip:].numpy() for column in zip(*near, strict=True))
+    return np.sqrt(squares), places
 
 
 def _centred(real, others) -> tuple[np.ndarray, np.ndarray]:
@@ -83,5 +94,7 @@ def _rows(x, y):
     squares = (y * y).sum(axis=1)
     for i in range(0, len(x), BLOCK):
         block = x[i : i + BLOCK]
-        d = (block * block).sum(axis=1)[:, None] - 2 * block @ y.T + squares
-        yield slice(i, i + BLOCK), np.maximum(d, 0)
+        d = (-2 * block) @ y.T
+        d += (block * block).sum(axis=1)[:, None]
+        d += squares
+        yield slice(i, i + BLOCK), np.maximum(d, 0, out=d)

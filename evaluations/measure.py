@@ -12,10 +12,11 @@ from time import perf_counter
 
 import numpy as np
 
-from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.config import UserError, refuse_below
 
 from .image_sets import ImageSet
 from .manifold import fidelity, nearest
+from .memorization import NEIGHBOURS, near_copy_rate
 from .report import GENERATED, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
 from .statistics import frechet_distance, kernel_distance
 from .user_classifier import SIZE, Judgement, to_input, train_user_classifier
@@ -24,7 +25,6 @@ ASIDE = 6  # every sixth training image of a user is kept from the judge
 FEWEST = 4  # images a user, so that three remain to learn from
 FEWEST_IN_SET = 6  # density and coverage look at the fifth neighbour
 SPLITS = 10  # random splits that the floor is averaged over
-NEIGHBOURS, NEAR_COPY = 50, 1 / 3  # a near copy's nearest is this much nearer than its 50 nearest on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,7 @@ class EvaluationConfig:
     seed: int = 0  # of the judge, and of what is set aside
 
     def __post_init__(self):
-        if self.judge_epochs < 1:
-            raise UserError(f"--judge_epochs is {self.judge_epochs}; it must be at least 1")
+        refuse_below(self, 1, "judge_epochs")
 
 
 def evaluate(
@@ -171,7 +170,7 @@ def _copying(train: ImageSet, sets: dict[str, ImageSet]) -> dict[str, dict[str, 
     return {
         name: {
             "nearest": float(np.median(d[:, 0]) / max(usual, 1e-6)),
-            "near_copies": float((d[:, 0] < NEAR_COPY * d.mean(axis=1)).mean()),
+            "near_copies": near_copy_rate(d),
         }
         for name, d in near.items()
     }

@@ -84,31 +84,79 @@ def to_input(pixels: np.ndarray) -> th.Tensor:
 
 
 def train_user_classifier(
-    pixels: np.ndarray, users: np.ndarray, num_users: int, *, seed: int = 0, epochs: int = 20, progress: bool = False
+    pixels: np.ndarray,
+    users: np.ndarray,
+    num_users: int,
+    *,
+    seed: int = 0,
+    epochs: int = 20,
+    steps: int | None = None,
+    augmented: bool = True,
+    progress: bool = False,
 ) -> UserClassifier:
     """Learn who is walking from real images; the same seed gives the same judge on the same machine.
 
     Args:
         pixels: uint8 (N, H, W, 3); users: int (N,) in [0, num_users).
+        steps, augmented: see `learn`.
+    """
+    return learn(
+        lambda: UserClassifier(num_users),
+        lambda model, x, y: F.cross_entropy(model(x), y, label_smoothing=0.1),
+        pixels,
+        users,
+        seed=seed,
+        epochs=epochs,
+        steps=steps,
+        augmented=augmented,
+        title="the judge learns" if progress else None,
+    )
+
+
+def learn(
+    build,
+    loss,
+    pixels: np.ndarray,
+    users: np.ndarray,
+    *,
+    seed: int,
+    epochs: int,
+    steps: int | None = None,
+    augmented: bool = True,
+    title=None,
+    batches=None,
+):
+    """The network that `build()` makes, with what it learned; the caller's random numbers stay as they are.
+
+    Args:
+        loss: (model, images (B, 3, 64, 64), users (B,)) -> what is to become small.
+        steps: batches to learn from; None: what `steps_of` says.
+        augmented: whether every batch goes through `augment`.
+        title: of the progress bar; None shows none.
+        batches: (users (N,), size, steps) -> as many batches of indices; by default one shuffled pass after another.
     """
     x = to_input(pixels).contiguous(memory_format=th.channels_last)  # a third faster on a CPU
     y = th.as_tensor(users, dtype=th.long)
     batch = min(BATCH, len(x))
-    steps = max(MIN_STEPS, epochs * len(x) // batch)
+    steps = steps or steps_of(epochs, len(x))
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
-        model = UserClassifier(num_users).to(memory_format=th.channels_last).train()
+        model = build().to(memory_format=th.channels_last).train()
         optimiser = th.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = th.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
-        for chosen in tqdm(
-            _batches(len(x), batch, steps), total=steps, desc="the judge learns", disable=None if progress else True
-        ):
-            loss = F.cross_entropy(model(augment(x[chosen])), y[chosen], label_smoothing=0.1)
+        chosen_ones = (batches or shuffled)(y, batch, steps)
+        for chosen in tqdm(chosen_ones, total=steps, desc=title, disable=None if title else True):
+            value = loss(model, augment(x[chosen]) if augmented else x[chosen], y[chosen])
             optimiser.zero_grad()
-            loss.backward()
+            value.backward()
             optimiser.step()
             schedule.step()
     return model.eval()
+
+
+def steps_of(epochs: int, images: int) -> int:
+    """Batches in so many passes over so many images; at least MIN_STEPS."""
+    return max(MIN_STEPS, epochs * images // min(BATCH, images))
 
 
 def augment(x: th.Tensor) -> th.Tensor:
@@ -119,11 +167,11 @@ def augment(x: th.Tensor) -> th.Tensor:
     return x * (1 + 0.1 * th.randn(n, 1, 1, 1)) + 0.1 * th.randn(n, 1, 1, 1)
 
 
-def _batches(n: int, size: int, steps: int):
-    """`steps` batches of `size` indices below n: one shuffled pass after another."""
+def shuffled(users: th.Tensor, size: int, steps: int):
+    """`steps` batches of `size` indices: one shuffled pass after another."""
     order = th.empty(0, dtype=th.long)
     for _ in range(steps):
         if len(order) < size:
-            order = th.cat([order, th.randperm(n)])
+            order = th.cat([order, th.randperm(len(users))])
         yield order[:size]
         order = order[size:]

@@ -8,7 +8,7 @@ the judge of identity and the feature space. Prints a table; writes report.json 
 
 from pathlib import Path
 
-from evaluations.image_sets import read_real, read_samples, renumber
+from evaluations.image_sets import beside, read_real, read_samples, renumber
 from evaluations.measure import EvaluationConfig, evaluate
 from evaluations.report import comparison, save_picture
 from guided_diffusion_vae import dist_util
@@ -27,8 +27,7 @@ def main(argv=None):
 
     report = evaluate(train, heldout, samples, epochs=run.judge_epochs, seed=run.seed, progress=True)
     print(report)
-    given = Path(run.samples)
-    out = Path(run.out_dir or (given if (given / "png").is_dir() else given.parent) / "report")
+    out = Path(run.out_dir or beside(run.samples, "report"))
     report.save(out / "report.json")
     save_picture(comparison(train, samples), out / "comparison.png")
     print(f"written: {out / 'report.json'} and {out / 'comparison.png'}")

@@ -37,6 +37,14 @@ def test_nearest_sorts_and_leaves_itself_out(clouds):
     assert np.allclose(manifold.nearest(real, real, count=2, skip=1), among[:, 1:3], atol=1e-5)
 
 
+def test_neighbours_names_the_references(clouds):
+    real, fake = clouds
+    d, places = manifold.neighbours(fake, real, count=4)
+    assert (places == np.argsort(distance(fake, real), axis=1)[:, :4]).all()
+    assert (d == manifold.nearest(fake, real, count=4)).all()
+    assert (manifold.neighbours(real[5:9], real)[1][:, 0] == np.arange(5, 9)).all()
+
+
 def test_a_cloud_far_from_the_origin_loses_nothing():
     """What 16-bit distances, and 32-bit ones about the origin, get wrong."""
     rng = np.random.RandomState(1)

@@ -1,0 +1,336 @@
+"""How far generated images are from real ones: the official guided-diffusion evaluator, without TensorFlow.
+
+    python evaluations/evaluator.py REF SAMPLE [--inception_weights FILE] [--json FILE] [--html FILE]
+
+REF and SAMPLE are .npz files (arr_0: uint8 (N, height, width, 3)) or folders of images. Prints the official five lines
+in their order and spelling (the progress lines before them, too, but for the word TensorFlow), and after them numbers
+that those five need to be understood. Progress bars and warnings go to standard error. Inception's weights must be
+brought along; without them user or vae features take their place, every number bears their name, and none is called
+FID. As a module: python -m evaluations.evaluator.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a file: its folder must not hide Python's own html and statistics
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch as th
+
+from evaluations import official
+from evaluations.batches import ArrayBatch, Batch, open_batch
+from evaluations.features import (
+    FeatureSpace,
+    can_learn_users,
+    dinov2_space,
+    extracted,
+    inception_space,
+    learn_user_space,
+    saved_user_space,
+    vae_space,
+)
+from evaluations.findings import Finding, Section
+from evaluations.html import as_dict, render, write_json, write_text
+from evaluations.manifold import Fidelity, fidelity
+from evaluations.measure import shuffle_pixels
+from evaluations.statistics import (
+    classifier_inception_score,
+    frechet_floor,
+    kernel_distance,
+    kernel_distance_subsets,
+    subset_size,
+)
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run, refuse_below
+
+FEWEST = 6  # density and coverage look at the fifth neighbour
+SUBSETS = 100  # of the kernel distance
+MANY, MANY_SPLITS, FEW_SPLITS = 256, 3, 10  # above so many dimensions fewer splits of the floor
+WORST_IMAGES = 1000  # whose pixels are shuffled
+HALF_FLAW = 0.01  # more than this between official and exact precision or recall is worth a warning
+TITLE = "Generated images against reference images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorConfig:
+    """The official evaluator has no options; these are ours."""
+
+    # inception, dinov2, user, vae, or a user classifier's file; empty: inception if its weights are found
+    features: str = ""
+    inception_weights: str = ""  # .pb or .pth; empty: INCEPTION_WEIGHTS, this folder, then torch's cache
+    check_weights: bool = True  # False: take other weights of Inception's layout; the numbers are no FID anyone knows
+    dinov2_path: str = ""  # transformers' folder or timm's file, for --features dinov2
+    vae_path: str = "microdoppler-f4"  # the autoencoder of --features vae
+    batch_size: int = 64  # images at a time
+    grey_to_rgb: bool = False  # repeat images of one channel to three
+    skip_bad_images: bool = False  # leave out images of a folder that cannot be read instead of refusing
+    extras: bool = True  # the numbers after the official five
+    cache_dir: str = ""  # keep features in this folder, and take them from it; empty: nowhere
+    json: str = ""  # also write all numbers to this file
+    html: str = ""  # also write a page to this file
+    seed: int = 0  # of random subsets and splits, and of the user classifier
+
+    def __post_init__(self):
+        refuse_below(self, 1, "batch_size")
+
+
+def main(argv=None):
+    parser = create_argparser(EvaluatorConfig, description=__doc__)
+    parser.add_argument("ref_batch", metavar="REF", help="reference: .npz or folder of real images")
+    parser.add_argument("sample_batch", metavar="SAMPLE", help=".npz or folder of generated images")
+    paths, run = parser.parse_args(argv), parse_run(parser, argv)
+    if run.dry_run:
+        print(run)
+        return
+    ref, sample = (
+        open_batch(path, flag, grey_to_rgb=run.grey_to_rgb, skip_bad_images=run.skip_bad_images, say=_warn)
+        for path, flag in ((paths.ref_batch, "REF"), (paths.sample_batch, "SAMPLE"))
+    )
+    warnings = input_warnings(ref, sample)
+    for warning in warnings:
+        _warn(warning)
+    print("warming up...", flush=True)
+    space = choose_space(run, ref)
+    print("computing reference batch activations...", flush=True)
+    ref_features = extracted(space, ref, run.cache_dir)
+    print("computing/reading reference batch statistics...", flush=True)
+    ref_features |= stored_statistics(space, ref, ref_features)
+    print("computing sample batch activations...", flush=True)
+    sample_features = extracted(space, sample, run.cache_dir)
+    print("computing/reading sample batch statistics...", flush=True)
+    sample_features |= stored_statistics(space, sample, sample_features)
+    print("Computing evaluations...", flush=True)
+    numbers = headline(space, ref_features, sample_features)
+    for name, value in numbers.items():
+        print(f"{name}: {value}", flush=True)
+
+    x, y, notes = compared(space, ref_features), sample_features["pool"], []
+    sections, lines = [Section(title="The evaluator's numbers", findings=_as_findings(numbers), notes=warnings)], {}
+    if run.extras:
+        lines, notes = beyond(space, numbers, x, y, sample_features, seed=run.seed)
+        worst = _shuffled(space, ref, run.seed)
+        section, floor_lines = at_the_same_number(space, x, y, worst, seed=run.seed)
+        lines |= floor_lines
+        for name, text in lines.items():
+            print(f"{name}: {text}")
+        for note in notes:
+            _warn(note)
+        sections[0].notes.extend(notes)
+        sections.append(section)
+    about = {
+        **{"REF": paths.ref_batch, "REF images": len(ref), "SAMPLE": paths.sample_batch, "SAMPLE images": len(sample)},
+        **{"features": space.about, "fingerprint": space.fingerprint, "dimensions": x.shape[1]},
+        **{"reference images compared": len(x), "seed": run.seed},
+        **{"torch": th.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    if run.json:
+        also = {"numbers": numbers, "more": lines}
+        write_json(run.json, also | as_dict(TITLE, sections, about | {"digests": [ref.digest, sample.digest]}))
+    if run.html:
+        write_text(run.html, render(TITLE, sections, about))
+
+
+def choose_space(run, ref: Batch) -> FeatureSpace:
+    """The feature space that the flags name, or the best there is; says so if that is not Inception's.
+
+    Raises:
+        UserError: an unknown name, or one whose weights or labels are lacking.
+    """
+    options = {"batch_size": run.batch_size, "progress": True}
+    on_device = options | {"device": dist_util.dev()}
+    name = run.features
+    if name in ("", "inception"):
+        from evaluations.inception import WHERE_TO_GET, find_weights
+
+        weights = find_weights(run.inception_weights)
+        if weights is not None:
+            return inception_space(weights, check=run.check_weights, **on_device)
+        where = " ".join(WHERE_TO_GET.split())
+        if name:
+            raise UserError(f"--features inception needs its weights (--inception_weights). {where}")
+        name = "user" if can_learn_users(ref) else "vae"
+        print(f"no weights of Inception found: no FID, but numbers of {name} features. {where}", flush=True)
+    if name == "user":
+        return learn_user_space(ref, seed=run.seed, **options)
+    if name == "vae":
+        return vae_space(run.vae_path, **on_device)
+    if name == "dinov2":
+        return dinov2_space(run.dinov2_path, **on_device)
+    if not Path(name).is_file():
+        raise UserError(f"--features is {name}; give inception, dinov2, user, vae, or a user classifier's file")
+    return saved_user_space(name, **options)
+
+
+def input_warnings(ref: Batch, sample: Batch) -> list[str]:
+    """What is no error but makes numbers mean less."""
+    warnings = [*ref.notes, *sample.notes]
+    if ref.shape[1:3] != sample.shape[1:3]:
+        (h, w), (height, width) = ref.shape[1:3], sample.shape[1:3]
+        warnings.append(f"REF is {h} x {w} and SAMPLE {height} x {width}: the distance is also one of resolutions")
+    if os.path.exists(ref.path) and os.path.samefile(ref.path, sample.path):
+        warnings.append("REF and SAMPLE are the same file: the distance is 0 but for rounding")
+    return warnings
+
+
+def stored_statistics(space: FeatureSpace, batch: Batch, features: dict) -> dict[str, official.Stats]:
+    """The statistics that a batch brings along, which the official evaluator takes in place of its images'.
+
+    Raises:
+        UserError: they are of other features than Inception's.
+    """
+    if batch.stats is None:
+        return {}
+    if space.name != "inception":
+        _warn(f"{batch.flag} {batch.path} stores statistics of Inception, which {space.name} features have no use for")
+        return {}
+    kept = {"stats": official.Stats(batch.stats["mu"], batch.stats["sigma"])}
+    kept["spatial_stats"] = official.Stats(batch.stats["mu_s"], batch.stats["sigma_s"])
+    for stats, name in (("stats", "pool"), ("spatial_stats", "spatial")):
+        if len(kept[stats].mu) != features[name].shape[1]:
+            raise UserError(
+                f"{batch.flag} {batch.path} stores statistics of {len(kept[stats].mu)} features, Inception has"
+                f" {features[name].shape[1]}: make the file with make_reference.py"
+            )
+    return kept
+
+
+def compared(space: FeatureSpace, ref_features: dict) -> np.ndarray:
+    """The reference's features (n, d), without images that the space was learned from."""
+    pool = ref_features["pool"]
+    return pool if space.learned is None else pool[~space.learned]
+
+
+def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
+    """The five numbers, officially, of Inception; of another space those that it has, under its name."""
+    if space.class_weight is not None:
+        found = [
+            official.Batch(part["pool"], part["spatial"], part.get("stats"), part.get("spatial_stats"))
+            for part in (ref, sample)
+        ]
+        return official.five_numbers(*found, space.class_weight)
+    x, y = compared(space, ref), sample["pool"]
+    score = {}
+    if "probabilities" in sample:
+        score[f"IS_{space.name}"] = classifier_inception_score(sample["probabilities"])
+    ball = official.NEIGHBOURS
+    if min(len(x), len(y)) < FEWEST:
+        raise UserError(f"{space.name} features are compared from {FEWEST} images on; here are {len(x)} and {len(y)}")
+    near = fidelity(x, y, k_ball=ball)
+    return score | {
+        space.distance: official.frechet_of_features(x, y),
+        f"Precision_{space.name}": near.precision,
+        f"Recall_{space.name}": near.recall,
+    }
+
+
+def beyond(space: FeatureSpace, numbers, x, y, sample: dict, *, seed: int) -> tuple[dict[str, str], list[str]]:
+    """Numbers of all images that the five lack, as lines (name -> text), and warnings about the five."""
+    end = "" if space.name == "inception" else f"_{space.name}"
+    n, m, d = len(x), len(y), x.shape[1]
+    kid, size = kernel_distance_subsets(x, y, SUBSETS, seed=seed), subset_size(n, m)
+    lines, notes = {f"KID{end}": f"{kid.mean:.6g} +- {kid.std:.2g} ({SUBSETS} subsets of {size} images)"}, []
+    if min(n, m) <= d:
+        notes.append(
+            f"{space.distance} of {n} and {m} images in {d} dimensions: their covariances lack full rank and the"
+            " distance is far too high; read it against its floor, or KID"
+        )
+    if min(n, m) < FEWEST:
+        notes.append(f"density and coverage need {FEWEST} images a side; here are {n} and {m}")
+        return lines, notes
+    near = fidelity(x, y)
+    if space.name == "inception":
+        lines |= {"Precision (fp32, centred)": f"{near.precision}", "Recall (fp32, centred)": f"{near.recall}"}
+        notes += half_precision_warnings(numbers, near)
+    if space.class_weight is not None and math.isnan(numbers["Inception Score"]):
+        probabilities = official.class_probabilities(sample["pool"], space.class_weight)
+        notes.append(
+            f"the Inception Score is nan, officially, as a probability is 0 in {official.underflows(probabilities)}"
+            f" images; where that adds nothing it is {classifier_inception_score(probabilities):.6g}"
+        )
+    return lines | {f"Density{end}": f"{near.density}", f"Coverage{end}": f"{near.coverage}"}, notes
+
+
+def half_precision_warnings(numbers: dict[str, float], exact: Fidelity) -> list[str]:
+    """Where the official float16 arithmetic leads astray: features that lie closer together than to 0."""
+    pairs = (("Precision", exact.precision), ("Recall", exact.recall))
+    return [
+        f"{name} is {numbers[name]:.4f} in the official float16 but {value:.4f} in float32 about the mean: trust the"
+        " latter"
+        for name, value in pairs
+        if abs(numbers[name] - value) > HALF_FLAW
+    ]
+
+
+def at_the_same_number(space: FeatureSpace, x, y, worst, *, seed: int) -> tuple[Section, dict[str, str]]:
+    """Generated images beside real ones against the same real ones, all at one number, as distances depend on it.
+
+    Args:
+        x, y: features of real and generated images; worst: of real images with shuffled pixels, or None.
+    """
+    half, rng = min(len(x) // 2, len(y)), np.random.default_rng(seed)
+    splits = MANY_SPLITS if x.shape[1] > MANY else FEW_SPLITS
+    name, end = space.distance, "" if space.name == "inception" else f"_{space.name}"
+    if half < FEWEST:
+        return Section(title="Against real images", notes=[f"{half} images a half are too few for a floor"]), {}
+    floor = frechet_floor(x, half, half, splits=splits, seed=seed)
+    draws = [(rng.permutation(len(x)), rng.permutation(len(y))[:half]) for _ in range(splits)]
+    distance = float(np.mean([official.frechet_of_features(x[i[:half]], y[j]) for i, j in draws]))
+    order, chosen = draws[0]
+    reference, others = x[order[:half]], {"real": x[order[half : 2 * half]], "value": y[chosen]}
+    if worst is not None:
+        others["worst"] = worst[:half]
+    found = {role: fidelity(reference, features)._asdict() for role, features in others.items()}
+    for role, features in others.items():
+        found[role][f"KID{end}"] = kernel_distance(reference, features)
+    findings = [
+        Finding(
+            name=name,
+            value=distance,
+            real=floor.mean,
+            worst=None if worst is None else official.frechet_of_features(reference, worst[:half]),
+            about=f"Frechet distance, {half} against {half} images, mean of {splits} random splits",
+            distance=True,
+        )
+    ]
+    found.setdefault("worst", dict.fromkeys(Fidelity._fields, 0.0))
+    for score in (f"KID{end}", *Fidelity._fields):
+        ends = {role: values.get(score) for role, values in found.items()}
+        label = score if score.startswith("KID") else f"{score.capitalize()}{end}"
+        findings.append(Finding(name=label, about=f"{half} against {half} images", **ends))
+    lines = {
+        f"{name} floor": f"{floor.mean} (real against real, {half} and {half} images, {splits} splits)",
+        f"{name} at that number": f"{distance}",
+        f"{name} / floor": f"{distance / floor.mean:.4g}" if floor.mean > 0 else "-",
+    }
+    notes = ["Real images are a random half of the reference, judged by the other half, so of the same recordings."]
+    if worst is not None:
+        notes.append("The worst are reference images whose pixels are shuffled.")
+    return Section(title=f"Against real images, {half} of each", findings=findings, notes=notes), lines
+
+
+def _shuffled(space: FeatureSpace, ref: Batch, seed: int) -> np.ndarray | None:
+    """Features of reference images whose pixels are shuffled; not where a forward pass is dear."""
+    if space.name not in ("user", "vae"):
+        return None
+    places = np.arange(len(ref)) if space.learned is None else np.flatnonzero(~space.learned)
+    count, rng = min(len(places), WORST_IMAGES), np.random.default_rng(seed)
+    pixels = shuffle_pixels(ref.take(rng.choice(places, count, replace=False)), rng)
+    return space.extract(ArrayBatch(pixels, flag="shuffled"))["pool"]
+
+
+def _as_findings(numbers: dict[str, float]) -> list[Finding]:
+    return [Finding(name=k, value=v if math.isfinite(v) else None, form="{:.6g}") for k, v in numbers.items()]
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    dist_util.run_main(main)

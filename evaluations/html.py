@@ -1,0 +1,179 @@
+"""A report as one page that needs nothing else: no script, no network, pictures inside; and the same as JSON.
+
+Every finding is a row: the value, its interval, what real images and the worst score, a bar from the worst (left) to
+real images (right) with a mark where the value stands, and the verdict in words.
+"""
+
+import base64
+import io
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion_vae.checkpoint import atomic_write
+
+from .findings import Finding, Section, Table
+from .report import save_picture
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72em; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin: 0.8em 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0.2em 0; }
+th, td { padding: 0.25em 0.8em 0.25em 0; text-align: right; vertical-align: top; border-bottom: 1px solid #eee; }
+th:first-child, td:first-child, td.words { text-align: left; }
+small { color: #555; display: block; max-width: 32em; }
+.bar { position: relative; width: 10em; height: 0.8em; margin-top: 0.35em; border-radius: 0.2em;
+       background: linear-gradient(to right, #e9b7a8, #f3ecd2, #a9d3b0); }
+.bar span { position: absolute; top: -0.2em; width: 3px; height: 1.2em; margin-left: -1px; background: #1a1a1a; }
+.note { border-left: 4px solid #d9a400; padding-left: 0.7em; }
+.wide { overflow-x: auto; }
+img { max-width: 100%; image-rendering: pixelated; }
+"""
+# nothing may be fetched or run, whatever a file name or a note holds
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+HEADER = ("", "value", "95 % interval", "real images", "worst", "worst to real", "")
+WORDS = len(HEADER) - 1  # the column of verdicts
+
+
+def render(title: str, sections: list[Section], about: dict[str, Any]) -> str:
+    """The page as text.
+
+    Args:
+        about: what the numbers stand on (files, network, seed), in the order in which it is to be read.
+    """
+    facts = "".join(f"<tr><td>{escape(str(k))}</td>{_cell(v)}</tr>" for k, v in about.items())
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
+            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<h1>{escape(title)}</h1>",
+            *(_section(section) for section in sections),
+            f"<h2>About this report</h2>\n<table>{facts}</table>" if facts else "",
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def as_dict(title: str, sections: list[Section], about: dict[str, Any]) -> dict[str, Any]:
+    """All that is in a report but its pictures, of which the names: plain values, null where a number is not finite."""
+    parts = [
+        {
+            "title": section.title,
+            "findings": [finding.as_dict() for finding in section.findings],
+            "tables": [{"title": t.title, "header": t.header, "rows": t.rows} for t in section.tables],
+            "notes": section.notes,
+            "pictures": list(section.pictures),
+            "data": section.data,
+        }
+        for section in sections
+    ]
+    return plain({"title": title, "about": about, "sections": parts})
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tuples and NumPy's numbers as JSON has them; a number that is not finite as None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def write_text(path, text: str) -> None:
+    """Write a file whole or not at all, in a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
+def write_json(path, value: Any) -> None:
+    """`plain(value)` as a file of JSON."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_report(folder, title: str, sections: list[Section], about: dict[str, Any]) -> Path:
+    """Write report.html, report.json and every picture under its name into a folder; returns the page's path."""
+    folder, named = Path(folder), [name for section in sections for name in section.pictures]
+    assert len(named) == len(set(named)), f"two pictures have one name: {named}"
+    assert all(Path(name).name == name and name.endswith(".png") for name in named), named
+    for section in sections:
+        for name, picture in section.pictures.items():
+            save_picture(picture, folder / name)
+    write_json(folder / "report.json", as_dict(title, sections, about))
+    write_text(folder / "report.html", render(title, sections, about))
+    return folder / "report.html"
+
+
+# ---- parts of the page -----------------------------------------------------------------------------------------------
+
+
+def _section(section: Section) -> str:
+    return "\n".join(
+        [
+            f"<h2>{escape(section.title)}</h2>",
+            _findings(section.findings) if section.findings else "",
+            *(f'<p class="note">{escape(note)}</p>' for note in section.notes),
+            *(_table(table) for table in section.tables),
+            *(_picture(name, picture) for name, picture in section.pictures.items()),
+        ]
+    )
+
+
+def _findings(findings: list[Finding]) -> str:
+    """A table without the columns that no finding fills."""
+    rows = [_finding(finding) for finding in findings]
+    filled = [i for i in range(len(HEADER)) if i < 2 or any(row[i] not in ("", "-") for row in rows)]
+    lines = [[f"<th>{escape(word)}</th>" for word in HEADER]]
+    kinds = [" class=words" if i == WORDS else "" for i in range(len(HEADER))]
+    lines += [[f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)] for row in rows]
+    table = "\n".join(f"<tr>{''.join(line[i] for i in filled)}</tr>" for line in lines)
+    return f"<table>{table}</table>"
+
+
+def _finding(finding: Finding) -> list[str]:
+    """The cells below HEADER, escaped."""
+    about = f"<small>{escape(finding.about)}</small>" if finding.about else ""
+    interval = " to ".join(finding.shown(end) for end in finding.interval) if finding.interval else "-"
+    numbers = [finding.shown(finding.value), interval, finding.shown(finding.real), finding.shown(finding.worst)]
+    cells = [escape(number) for number in numbers]
+    return [escape(finding.name) + about, *cells, _bar(finding.place), escape(finding.verdict)]
+
+
+def _bar(place: float | None) -> str:
+    """The mark stays at an end if the value is beyond it."""
+    if place is None or not math.isfinite(place):
+        return ""
+    left = 100 * min(1.0, max(0.0, place))
+    return f'<div class="bar" title="{place:.2f}"><span style="left: {left:.0f}%"></span></div>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(str(word))}</th>" for word in table.header)
+    rows = "\n".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in table.rows)
+    caption = f"<caption>{escape(table.title)}</caption>"
+    return f'<div class="wide"><table>{caption}<tr>{head}</tr>\n{rows}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    """A table's cell; floats with three digits, and a dash where there is no number."""
+    value = value.item() if isinstance(value, np.generic) else value
+    missing = value is None or (isinstance(value, float) and not math.isfinite(value))
+    shown = "-" if missing else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"<td>{escape(shown)}</td>"
+
+
+def _picture(name: str, picture) -> str:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    encoded = base64.b64encode(data.getbuffer()).decode()
+    return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{encoded}"></p>'

@@ -1,0 +1,242 @@
+"""What an augmentation study found: tables, a plot, and a verdict for each number of real images."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from guided_diffusion_vae.checkpoint import atomic_write, save_csv
+
+from .findings import Finding, Section, Table
+
+REAL, ALONE = "k real alone", "generated alone"
+GENERATED, MORE = "+ generated", "+ more real"
+DUPLICATES, SHIFTED, MASKED = "+ duplicates", "+ time-shifted", "+ masked"
+ARMS = (REAL, GENERATED, DUPLICATES, SHIFTED, MASKED, ALONE, MORE)
+CONTROLS = (REAL, DUPLICATES, SHIFTED, MASKED)
+
+
+def interval_over_seeds(means: np.ndarray) -> tuple[float, float] | None:
+    """95 % of the mean of (seeds,) by Student's t; None for a single seed."""
+    if len(means) < 2:
+        return None
+    half = student.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+    return float(means.mean() - half), float(means.mean() + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What generated images add to k real ones beyond the best control, in accuracy on held-out real images."""
+
+    k: int
+    control: str  # the best of CONTROLS at this k
+    gain: float
+    interval: tuple[float, float] | None  # 95 %, over seeds; the control of the same seed is subtracted
+    more_real: float | None  # the same for n more real images, where there are so many
+
+    @property
+    def shown(self) -> int:
+        """1 if the interval lies above 0, -1 if below, else 0."""
+        low, high = self.interval or (0.0, 0.0)
+        return int(low > 0) - int(high < 0)
+
+    def __str__(self) -> str:
+        verdict = {1: "help", 0: "are not shown to help", -1: "harm"}[self.shown]
+        span = "one seed, no interval"
+        if self.interval:
+            span = f"95 % interval {100 * self.interval[0]:+.1f} to {100 * self.interval[1]:+.1f}"
+        real = "" if self.more_real is None else f"; as many more real images: {100 * self.more_real:+.1f}"
+        return (
+            f"k = {self.k}: generated images {verdict} beyond the best control ({self.control}):"
+            f" {100 * self.gain:+.1f} points, {span}{real}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The accuracy of every arm at every k."""
+
+    accuracy: dict[int, dict[str, np.ndarray]]  # k -> arm -> (seeds, users); NaN for users who are not held out
+    users: list[str]
+    about: dict[str, Any]
+
+    def means(self, k: int, arm: str) -> np.ndarray:
+        """Accuracy of each seed, a mean over users: (seeds,)."""
+        return np.nanmean(self.accuracy[k][arm], axis=1)
+
+    @property
+    def gains(self) -> list[Gain]:
+        """Of every k."""
+        found = []
+        for k, arms in self.accuracy.items():
+            control = max(CONTROLS, key=lambda arm, k=k: self.means(k, arm).mean())
+            gain = self.means(k, GENERATED) - self.means(k, control)
+            more = float((self.means(k, MORE) - self.means(k, control)).mean()) if MORE in arms else None
+            found.append(
+                Gain(
+                    k=k,
+                    control=control,
+                    gain=float(gain.mean()),
+                    interval=interval_over_seeds(gain),
+                    more_real=more,
+                )
+            )
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: where generated images help."""
+        helps, harms = ([f"{gain.k}" for gain in self.gains if gain.shown == sign] for sign in (1, -1))
+        words = f"help beyond the best control at k = {', '.join(helps)}" if helps else "are not shown to help at any k"
+        return f"generated images {words}" + (f", and harm at k = {', '.join(harms)}" if harms else "")
+
+    @property
+    def notes(self) -> list[str]:
+        """What to beware of."""
+        about = self.about
+        available, n = about["real_per_user"], about["generated_per_user"]
+        notes = [
+            f"{n} generated images a user; at each k all arms learn from equally many batches: "
+            + ", ".join(f"{steps} at k = {k}" for k, steps in about["steps"].items()),
+            "intervals: Student's t over seeds, which draw the k images; the held-out and the generated images, and the"
+            " generator, are the same throughout",
+        ]
+        if min(self.accuracy) < available:
+            notes.append(
+                f"a generator that learned from all of --real_dir has seen {available} images a user or more: at a"
+                " smaller k it knows more real images than the classifier does, which favours generated ones. For a"
+                " clean study train the generator on k images a user, give these as --real_dir, and --ks k"
+            )
+        if about["augmented"]:
+            notes.append(
+                "the classifier itself shifts every batch along time and varies its gain (--augment False: not at all),"
+                " so that time-shifted copies bring it nothing new"
+            )
+        if about["seeds"] == 1:
+            notes.append("one seed: no intervals, and no verdict")
+        elif about["seeds"] < 3:
+            notes.append(
+                "two seeds: each interval rests on one difference, so its width is luck; give --seeds 3 or more"
+            )
+        return notes
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each k and arm."""
+        rows = []
+        for k, arms in self.accuracy.items():
+            n = self.about["generated_per_user"]
+            images = {REAL: k, ALONE: n}
+            for arm in (arm for arm in ARMS if arm in arms):
+                means = self.means(k, arm)
+                low, high = interval_over_seeds(means) or (None, None)
+                row = {"k": k, "arm": arm, "images_per_user": images.get(arm, k + n), "steps": self.about["steps"][k]}
+                row |= {"accuracy": float(means.mean()), "low": low, "high": high}
+                rows.append(row | {f"seed_{i}": float(mean) for i, mean in enumerate(means)})
+        return rows
+
+    def table(self) -> Table:
+        """Arms by k."""
+        cells = {(row["arm"], row["k"]): _cell(row) for row in self.rows()}
+        rows = [[arm, *(cells.get((arm, k), "-") for k in self.accuracy)] for arm in ARMS]
+        return Table(
+            title="accuracy on held-out real images, mean over users and seeds, 95 % over seeds",
+            header=["learns from", *(f"k = {k}" for k in self.accuracy)],
+            rows=rows,
+        )
+
+    def section(self) -> Section:
+        """For a report: 0 is the best control, `real` what as many more real images add."""
+        findings = [
+            Finding(
+                name=f"gain at k = {gain.k}",
+                value=gain.gain,
+                real=gain.more_real,
+                worst=0.0,
+                interval=gain.interval,
+                form="{:+.1%}",
+                about=f"what generated images add to {gain.k} real ones a user beyond the best control, {gain.control}",
+            )
+            for gain in self.gains
+        ]
+        return Section(
+            title="Augmentation",
+            findings=findings,
+            tables=[self.table()],
+            notes=[self.verdict, *self.notes],
+            data={"rows": self.rows()},
+        )
+
+    def __str__(self) -> str:
+        table = self.table()
+        lines = [
+            f"{words[0]:<18}" + "".join(f"{word:>16}" for word in words[1:]) for words in (table.header, *table.rows)
+        ]
+        lines = [table.title, *lines, f"chance: {1 / len(self.users):.1%}", *map(str, self.gains)]
+        return "\n".join([*lines, self.verdict, *(f"note: {note}" for note in self.notes)])
+
+    def save(self, folder) -> list[Path]:
+        """Write study.json and study.csv; returns where."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows, places = self.rows(), [folder / "study.json", folder / "study.csv"]
+        per_user = {
+            f"{k}": {arm: [_number(x) for x in right.mean(axis=0)] for arm, right in arms.items()}
+            for k, arms in self.accuracy.items()
+        }
+        found = {
+            "verdict": self.verdict,
+            "gains": [vars(gain) | {"in_words": str(gain)} for gain in self.gains],
+            "rows": rows,
+            "users": self.users,
+            "accuracy_per_user": per_user,
+            "about": self.about,
+            "notes": self.notes,
+        }
+        with atomic_write(places[0]) as handle:
+            handle.write(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
+        save_csv([list(rows[0]), *(["" if x is None else x for x in row.values()] for row in rows)], places[1])
+        return places
+
+    def plot(self, path) -> bool:
+        """Draw accuracy over k as a PNG; False, and nothing is drawn, without matplotlib (the extra [plots])."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return False
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for arm in ARMS:
+            rows = [row for row in self.rows() if row["arm"] == arm]
+            if not rows:
+                continue
+            x, y = ([row[key] for row in rows] for key in ("k", "accuracy"))
+            wide = arm == GENERATED
+            style = {"linestyle": "--"} if arm in (ALONE, MORE) else {}
+            (line,) = axes.plot(x, y, "o", ls=style.get("linestyle", "-"), lw=2.5 if wide else 1.2, ms=4, label=arm)
+            if wide and rows[0]["low"] is not None:
+                low, high = ([row[key] for row in rows] for key in ("low", "high"))
+                axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), lw=0)
+        axes.axhline(1 / len(self.users), linestyle=":", color="grey", label="chance")
+        axes.set(
+            xlabel="k, real images of each user",
+            ylabel="accuracy on held-out real images",
+            title=f"{self.about['generated_per_user']} generated images a user, {self.about['seeds']} seeds",
+            xticks=list(self.accuracy),
+            ylim=(0, None),
+        )
+        axes.legend(fontsize=8)
+        with atomic_write(path) as handle:
+            figure.savefig(handle, format="png", dpi=110)
+        return True
+
+
+def _cell(row) -> str:
+    value = f"{100 * row['accuracy']:.1f}%"
+    return value if row["low"] is None else f"{value} ±{100 * (row['high'] - row['low']) / 2:.1f}"
+
+
+def _number(x) -> float | None:
+    return None if np.isnan(x) else float(x)

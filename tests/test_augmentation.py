@@ -1,0 +1,251 @@
+"""The augmentation study, in worlds whose answers are known."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import script
+from PIL import Image
+
+from evaluations import augmentation, study
+from evaluations.augmentation import AugmentationConfig, arms, augmentation_study, masked, rolled
+from evaluations.image_sets import ImageSet
+from evaluations.study import ALONE, ARMS, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
+from evaluations.user_classifier import BATCH, Judgement, train_user_classifier
+from guided_diffusion_vae.config import UserError
+
+USERS, WAYS = 4, 4
+NAMES = [f"user_{i:02d}" for i in range(USERS)]
+lessons = []  # (images, options) that the stand-in was given
+
+
+class Nearest:
+    """Names the user of the most similar picture that it knows: its answers follow from the world alone."""
+
+    def __init__(self, pixels, users, num_users, **options):
+        lessons.append((len(pixels), options))
+        self.x, self.y = pixels.reshape(len(pixels), -1).astype(float), users
+
+    def judge(self, pixels):
+        x = pixels.reshape(len(pixels), 1, -1).astype(float)
+        return Judgement(None, self.y[((x - self.x) ** 2).sum(axis=2).argmin(axis=1)])
+
+
+@pytest.fixture(autouse=True)
+def by_neighbours(monkeypatch):
+    lessons.clear()
+    monkeypatch.setattr(augmentation, "train_user_classifier", Nearest)
+
+
+def walks(seed, each=8, ways=WAYS):
+    """Every user has four ways to walk, each a pattern of its own, all equally alike; of these the first `ways`."""
+    patterns = np.random.RandomState(7).randint(40, 215, (USERS, WAYS, 8, 8, 3))
+    rng = np.random.RandomState(seed)
+    users = np.repeat(np.arange(USERS), each)
+    pixels = patterns[users, np.tile(np.arange(each) % ways, USERS)] + rng.randint(-20, 21, (len(users), 8, 8, 3))
+    return ImageSet(pixels.astype(np.uint8), users, NAMES)
+
+
+def noise(each):
+    pixels = np.random.RandomState(9).randint(0, 256, (USERS * each, 8, 8, 3)).astype(np.uint8)
+    return ImageSet(pixels, np.repeat(np.arange(USERS), each), NAMES)
+
+
+def test_samples_of_other_ways_to_walk_help_where_real_ones_are_few():
+    """One real image shows one way of four; eight samples show them all, and eight real images do, too."""
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 8), seeds=3)
+    few, many = found.gains
+    assert found.means(1, GENERATED).tolist() == [1, 1, 1] == found.means(1, ALONE).tolist()
+    assert few.shown == 1 and few.gain == pytest.approx(1 - found.means(1, few.control).mean()) and few.gain > 0.3
+    assert many.shown == 0 == many.gain and many.more_real is None
+    assert found.verdict == "generated images help beyond the best control at k = 1"
+    assert any("has seen 8 images a user or more" in note for note in found.notes)
+
+
+def test_more_real_images_are_what_samples_are_worth():
+    found = augmentation_study(walks(0, each=16), walks(1), walks(2), ks=(2,), per_user=8, seeds=2)
+    assert found.means(2, MORE).mean() > 0.95
+    gain = found.section().findings[0]
+    assert gain.real == pytest.approx(found.gains[0].more_real) and gain.worst == 0 and gain.place > 0.9
+
+
+def test_noise_does_not_help_nor_do_samples_of_the_wrong_users():
+    for samples in (noise(8), walks(2)._replace(labels=(walks(2).labels + 1) % USERS)):
+        found = augmentation_study(walks(0), walks(1), samples, ks=(4,), seeds=3)
+        assert found.gains[0].gain <= 0 and found.gains[0].shown <= 0
+        assert found.means(4, ALONE).mean() < 0.45
+        assert found.verdict.startswith("generated images are not shown to help")
+
+
+def test_duplicates_teach_what_the_images_themselves_do():
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 3), seeds=2)
+    for k in (1, 3):
+        assert np.array_equal(found.accuracy[k][DUPLICATES], found.accuracy[k][REAL])
+
+
+def test_every_arm_at_a_k_learns_for_as_many_steps_from_whole_batches():
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 5), seeds=2, epochs=200, augmented=False)
+    steps = [options["steps"] for _, options in lessons]
+    assert found.about["steps"] == {1: 200 * 36 // BATCH, 5: 200 * 52 // BATCH} and set(steps) == {225, 325}
+    assert steps == 2 * ([225] * 6 + [325] * 6)
+    assert all(count >= BATCH and options["augmented"] is False for count, options in lessons)
+    assert [options["seed"] for _, options in lessons] == [0] * 12 + [1] * 12
+
+
+def test_the_real_classifier_takes_so_many_steps_and_does_not_augment(monkeypatch):
+    """Without augmentation a classifier's batches are the images themselves."""
+    from evaluations import user_classifier
+
+    seen = []
+    monkeypatch.setattr(user_classifier, "augment", lambda x: seen.append(len(x)) or x)
+    pixels, users = np.zeros((6, 8, 8, 3), np.uint8), np.array([0, 1] * 3)
+    same = [train_user_classifier(pixels, users, 2, steps=3, augmented=a).fingerprint() for a in (True, False)]
+    assert seen == [6, 6, 6] and same[0] == same[1]
+
+
+def test_what_the_arms_learn_from():
+    train, samples = walks(0, each=8), walks(2, each=6)
+    of = {k: arms(train, samples, k=k, per_user=5, seed=(0, 0)) for k in (1, 3)}
+    for k, found in of.items():
+        counts = {arm: np.bincount(images.labels).tolist() for arm, images in found.items()}
+        assert counts == {arm: [{REAL: k, ALONE: 5}.get(arm, k + 5)] * USERS for arm in ARMS}
+    known = {arm: {image.tobytes() for image in images.pixels} for arm, images in of[3].items()}
+    assert {image.tobytes() for image in of[1][REAL].pixels} < known[REAL] < known[MORE]
+    assert known[DUPLICATES] == known[REAL] and known[GENERATED] == known[REAL] | known[ALONE]
+    assert known[REAL] < known[SHIFTED] and known[REAL] < known[MASKED]
+    assert MORE not in arms(train, samples, k=4, per_user=5, seed=(0, 0))
+    other = arms(train, samples, k=3, per_user=5, seed=(0, 1))[REAL]
+    assert {image.tobytes() for image in other.pixels} != known[REAL]
+
+
+def test_rolled_copies_are_the_same_picture_elsewhere_in_time():
+    pixels = walks(0, each=1).pixels
+    for before, after in zip(pixels, rolled(pixels, np.random.default_rng(0)), strict=True):
+        assert sum(np.array_equal(np.roll(before, shift, axis=1), after) for shift in range(1, 8)) == 1
+
+
+def test_masked_copies_lack_one_band_of_time_and_one_of_doppler():
+    pixels = np.random.RandomState(0).randint(0, 100, (20, 64, 64, 3)).astype(np.uint8)
+    pixels[:, ::2] += 150  # half of the values: no pixel has the median
+    before, widths = pixels.copy(), set()
+    for was, now in zip(pixels, masked(pixels, np.random.default_rng(0)), strict=True):
+        hidden = (now == np.median(was, axis=(0, 1)).astype(np.uint8)).all(axis=2)
+        rows, columns = (int(hidden.all(axis=axis).sum()) for axis in (1, 0))
+        changed = (now != was).any(axis=2)
+        band = hidden.all(axis=1)[:, None] | hidden.all(axis=0)[None]
+        assert not (changed & ~band).any()
+        widths |= {rows, columns}
+    assert widths == {4, 5} and np.array_equal(pixels, before)
+
+
+def test_the_interval_is_students():
+    """Mean 2, standard deviation 1, three seeds: 2 +- 4.3027 / sqrt 3."""
+    low, high = study.interval_over_seeds(np.array([1.0, 2.0, 3.0]))
+    assert high - 2 == pytest.approx(4.302653 / 3**0.5) == 2 - low
+    assert study.interval_over_seeds(np.array([1.0])) is None
+
+
+def test_the_best_control_is_the_one_to_beat_and_seeds_are_paired():
+    """Seeds differ by more than the gain, but alike in all arms."""
+    luck = np.array([[0.1], [0.3], [0.5]])
+    arm = {REAL: 0.1, DUPLICATES: 0.0, SHIFTED: 0.15, MASKED: 0.05, GENERATED: 0.2, ALONE: 0.0}
+    noisy = {name: luck + value + np.zeros((3, 2)) for name, value in arm.items()}
+    noisy[GENERATED] += np.array([[-0.01], [0.0], [0.01]])
+    about = {"real_per_user": 9, "generated_per_user": 2, "steps": {1: 5}, "augmented": True, "seeds": 3}
+    gain = Study(accuracy={1: noisy}, users=["a", "b"], about=about).gains[0]
+    assert gain.control == SHIFTED and gain.gain == pytest.approx(0.05) and gain.shown == 1
+    assert gain.interval[1] - 0.05 == pytest.approx(0.01 * 4.302653 / 3**0.5)
+    assert "help beyond the best control (+ time-shifted): +5.0 points, 95 % interval +2.5 to +7.5" in str(gain)
+
+
+def test_one_seed_has_no_verdict():
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1,), seeds=1)
+    assert found.gains[0].interval is None and found.gains[0].shown == 0
+    assert "one seed: no intervals, and no verdict" in found.notes
+
+
+def test_users_who_are_not_held_out_do_not_count(tmp_path):
+    found = augmentation_study(walks(0), walks(1).take(np.arange(24)), walks(2), ks=(1,), seeds=2)
+    assert found.means(1, GENERATED).tolist() == [1, 1]
+    found.save(tmp_path)
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert saved["accuracy_per_user"]["1"][GENERATED] == [1, 1, 1, None]
+
+
+def test_what_is_written(tmp_path, monkeypatch):
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 4), per_user=4, seeds=2)
+    found.save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "study.csv").open()))
+    assert [(row["k"], row["arm"]) for row in rows] == [(k, arm) for k in "14" for arm in ARMS]
+    assert float(rows[1]["accuracy"]) == pytest.approx((float(rows[1]["seed_0"]) + float(rows[1]["seed_1"])) / 2)
+    assert [int(row["images_per_user"]) for row in rows[:2]] == [1, 5]
+    shown = str(found)
+    assert "+ generated" in shown and "chance: 25.0%" in shown and found.verdict in shown
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not found.plot(tmp_path / "study.png") and not (tmp_path / "study.png").exists()
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 2), seeds=2)
+    assert found.plot(tmp_path / "study.png")
+    with Image.open(tmp_path / "study.png") as picture:
+        assert picture.width > 500
+
+
+# ---- what users give -------------------------------------------------------------------------------------------------
+
+
+def test_more_than_there_is_is_refused():
+    fewer = walks(0).take(np.delete(np.arange(32), [8, 9, 10]))
+    for wanted, sets, options in (
+        ("--ks has 8, but --real_dir has 5 images of user_01", (fewer, walks(1), walks(2)), {"ks": (1, 8)}),
+        (
+            "--generated_per_user is 9, but --samples has 8 images of user_00",
+            (walks(0), walks(1), walks(2)),
+            {"per_user": 9},
+        ),
+        ("--samples has 0 images of user_03", (walks(0), walks(1), walks(2).take(np.arange(24))), {}),
+        ("--samples does not say who", (walks(0), walks(1), ImageSet(walks(2).pixels, None, None)), {}),
+        ("--heldout_dir does not say who", (walks(0), ImageSet(walks(1).pixels, None, None), walks(2)), {}),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            augmentation_study(*sets, **{"ks": (1,), **options})
+    assert not lessons
+
+
+def test_the_numbers_of_images_are_read_as_words():
+    assert AugmentationConfig(ks=("5", "1", "5")).counts == (1, 5)
+    for ks in (("0",), ("a",), (), ("1.5",), (-1,)):
+        with pytest.raises(UserError, match="--ks"):
+            AugmentationConfig(ks=ks)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    th.manual_seed(0)
+    for split, images in (("train", walks(0, each=4)), ("test", walks(1, each=2))):
+        for place, (image, user) in enumerate(zip(images.pixels, images.labels, strict=True)):
+            path = tmp_path / split / NAMES[user] / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    samples = walks(2, each=2)
+    np.savez(tmp_path / "samples.npz", samples.pixels, samples.labels)
+    flags = [
+        "--real_dir",
+        tmp_path / "train",
+        "--heldout_dir",
+        tmp_path / "test",
+        "--samples",
+        tmp_path / "samples.npz",
+    ]
+    done = script("augmentation_study.py", *flags, "--ks", "1,2", "--seeds", 1, "--steps", 2)
+    assert "k = 2: generated images" in done.stdout
+    assert len(list(csv.DictReader((tmp_path / "augmentation" / "study.csv").open()))) == 14
+    failed = script("augmentation_study.py", *flags, "--ks", "1,9", check=False)
+    assert failed.returncode == 2 and failed.stderr.startswith(
+        "error: --ks has 9, but --real_dir has 4 images of user_00"
+    )

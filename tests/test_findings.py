@@ -1,0 +1,37 @@
+"""Places and verdicts: known ends, known words."""
+
+import math
+
+import pytest
+
+from evaluations.findings import Finding, Section
+
+PLACES = [
+    (dict(value=0.8, real=1.0, worst=0.0), 0.8, "nearer to real images than to the worst"),
+    (dict(value=0.95, real=1.0, worst=0.0), 0.95, "as real images"),
+    (dict(value=1.5, real=1.0, worst=0.0), 1.5, "as real images"),
+    (dict(value=0.2, real=1.0, worst=0.0), 0.2, "nearer to the worst than to real images"),
+    (dict(value=0.05, real=1.0, worst=0.0), 0.05, "no better than the worst"),
+    (dict(value=2.0, real=1.0, worst=101.0), 0.99, "as real images"),  # low is good
+    (dict(value=2.0, real=1.0, worst=100.0, distance=True), 1 - math.log(2) / math.log(100), "nearer to real images"),
+    (dict(value=-0.1, real=0.0, worst=1.0, distance=True), 1.1, "as real images"),  # no logarithm of such a KID
+    (dict(value=3.0, real=1.0), None, "-"),
+    (dict(value=3.0), None, "-"),
+    (dict(value=None, real=1.0, worst=0.0), None, "not measured"),
+    (dict(value=0.5, real=0.2, worst=0.2), None, "real images are no better than the worst"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "place", "words"), PLACES)
+def test_place_and_verdict(numbers, place, words):
+    finding = Finding(name="x", **numbers)
+    assert finding.place == (None if place is None else pytest.approx(place))
+    assert finding.verdict.startswith(words)
+    assert finding.as_dict()["verdict"] == finding.verdict
+
+
+def test_a_section_reads_as_text():
+    finding = Finding(name="TSTR", value=0.41, real=0.6, worst=0.03, interval=(0.38, 0.44), form="{:.0%}")
+    text = str(Section(title="Identity", findings=[finding], notes=["one seed"])).splitlines()
+    assert text[1:3] == ["Identity", "--------"] and text[-1] == "note: one seed"
+    assert text[4].split() == "TSTR 41% 38% to 44% 60% 3% nearer to real images than to the worst".split()

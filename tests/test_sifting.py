@@ -1,0 +1,107 @@
+"""Sifters that keep what a user could have done, and throw out what nobody could."""
+
+import csv
+
+import numpy as np
+import pytest
+from gait_pictures import simulated, walks
+
+from evaluations import sifting as si
+from evaluations.measure import shuffle_pixels
+from evaluations.sifting import Sifter, sifting, write_accept_list
+from guided_diffusion_vae.config import UserError
+
+
+def kept(sifter, images):
+    return sifter.sift(images).accepted.mean()
+
+
+def test_another_user_and_what_is_no_walk_are_rejected():
+    train, held = walks(30, 0), walks(10, 1)
+    sifter = Sifter.fit(train)
+    assert kept(sifter, train) > 0.95 and kept(sifter, held) > 0.9
+    assert kept(sifter, held._replace(labels=(held.labels + 1) % 4)) < 0.1
+    assert kept(sifter, held._replace(pixels=shuffle_pixels(held.pixels, np.random.default_rng(0)))) == 0
+    assert kept(sifter, held._replace(pixels=held.pixels[:, :, ::-1])) < 0.1
+
+
+def test_simulated_walks_of_another_session():
+    """As in the table of the module, on a fifth of its users: the hull takes reversed and mirrored walks for real."""
+    train, held = simulated(6, 10, session=0)[0], simulated(6, 4, session=3)[0]
+    section = sifting(train, held, held, seed=0)
+    finding, controls = section.findings[0], section.data["controls"]
+    assert finding.real > 0.7 and finding.value == finding.real and finding.worst == 0
+    assert controls["Doppler mirrored"] == 0 and controls["time reversed"] < 0.25
+    assert controls["said to be another user"] < finding.real - 0.2
+    hull = sifting(train, held, train, seed=0, method="hull")
+    assert hull.findings[0].value == 1 and hull.findings[0].worst < 0.1
+    assert hull.data["controls"]["time reversed"] > controls["time reversed"] + 0.3
+
+
+def test_reasons_name_the_quantity_and_its_side():
+    train, held = walks(20, 0), walks(4, 1)
+    sifter = Sifter.fit(train)
+    faster = held._replace(pixels=np.repeat(held.pixels, 2, axis=2)[:, :, :64])  # half as many steps
+    found = sifter.sift(faster)
+    assert not found.accepted.any() and all("cadence below" in reason.split(", ") for reason in found.reasons)
+    mirrored = sifter.sift(held._replace(pixels=held.pixels[:, ::-1]))
+    assert all("torso below" in reason.split(", ") for reason in mirrored.reasons)
+    fine = sifter.sift(held)
+    assert [not reason for reason in fine.reasons] == fine.accepted.tolist()
+
+
+def test_a_wider_margin_keeps_more():
+    train, held = walks(8, 0), walks(8, 1)
+    none, some, all_of = (kept(Sifter.fit(train, margin=margin), held) for margin in (0.0, 1.0, 20.0))
+    assert none < some <= all_of == 1
+
+
+def test_without_labels_a_picture_must_suit_somebody():
+    train, held = walks(20, 0), walks(6, 1)
+    nobody = held._replace(labels=None, class_names=None)
+    sifter = Sifter.fit(train)
+    assert kept(sifter, nobody) >= kept(sifter, held)
+    shuffled = nobody._replace(pixels=shuffle_pixels(nobody.pixels, np.random.default_rng(0)))
+    found = sifter.sift(shuffled)
+    assert not found.accepted.any() and set(found.reasons) == {"suits no user"}
+    everybody = Sifter.fit(train._replace(labels=None, class_names=None))
+    assert kept(everybody, held) > 0.9 and kept(everybody, shuffled) == 0
+    section = sifting(train, held, nobody, seed=0)
+    assert any("unlabelled" in note for note in section.notes)
+
+
+def test_a_user_without_real_pictures():
+    train, made = walks(6, 0, users=3), walks(2, 1)
+    found = Sifter.fit(train).sift(made)
+    assert found.reasons[6:] == ["no real picture of this user"] * 2 and not found.accepted[6:].any()
+
+
+def test_errors_are_one_line():
+    with pytest.raises(UserError, match="4 images of user_00; --sift_method hull needs at least 5: give more, or"):
+        Sifter.fit(walks(4, 0), method="hull")
+    one = walks(6, 0, users=1)
+    alike = one._replace(pixels=np.repeat(one.pixels[:1], 6, axis=0))
+    with pytest.raises(UserError, match="too much alike for --sift_method hull"):
+        Sifter.fit(alike, method="hull")
+
+
+def test_the_hull_holds_its_corners_and_not_what_is_far():
+    """Principal components of points with three large directions are these: a cube about 0 in them."""
+    rng = np.random.default_rng(0)
+    pictures = rng.uniform(-1, 1, (200, 3)).astype(np.float32)
+    hull = si._hull(pictures, "somebody")
+    assert hull.holds(pictures * 0.99).all() and hull.holds(np.zeros((1, 3))).all()
+    assert not hull.holds(2 * pictures[np.abs(pictures).max(axis=1) > 0.6]).any()
+
+
+def test_the_accept_list(tmp_path):
+    found = si.Sifted(np.array([True, False]), ["", "cadence above, torso below"])
+    write_accept_list(tmp_path / "accepted.csv", ["a.png", "b.png"], found)
+    with open(tmp_path / "accepted.csv", newline="") as handle:
+        assert list(csv.reader(handle)) == [
+            ["image", "accepted", "reason"],
+            ["a.png", "1", ""],
+            ["b.png", "0", "cadence above, torso below"],
+        ]
+    with pytest.raises(ValueError):
+        write_accept_list(tmp_path / "accepted.csv", [0], found)
