@@ -10,7 +10,7 @@ them name held-out real images. Prints the table and the verdict; writes study.j
 from pathlib import Path
 
 from evaluations.augmentation import AugmentationConfig, augmentation_study
-from evaluations.image_sets import read_real, read_samples, renumber
+from evaluations.image_sets import beside, read_real, read_samples, renumber
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 
@@ -38,8 +38,7 @@ def main(argv=None):
         progress=True,
     )
     print(study)
-    given = Path(run.samples)
-    out = Path(run.out_dir or (given if (given / "png").is_dir() else given.parent) / "augmentation")
+    out = Path(run.out_dir or beside(run.samples, "augmentation"))
     written = study.save(out)
     if study.plot(out / "study.png"):
         written.append(out / "study.png")

@@ -39,9 +39,10 @@ def draw_users(root, users, count, size=32, *, high=255, rng=None):
 
 
 def script(name, *flags, ranks=1, check=True, timeout=300, **env):
-    """Run a script as a user would, on one process or by mpiexec; returns the finished process."""
+    """Run a command of scripts/ or evaluations/ as a user would, alone or by mpiexec; returns the finished process."""
     launcher = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
-    command = [*launcher, sys.executable, str(ROOT / "scripts" / name), *map(str, flags)]
+    (file,) = (path for folder in ("scripts", "evaluations") if (path := ROOT / folder / name).exists())
+    command = [*launcher, sys.executable, str(file), *map(str, flags)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "PATH": path, **env}, cwd=ROOT

@@ -15,6 +15,10 @@ SMALLER = {
     "latent_extract.py": "",
     "run_pipeline.py": "--max_steps 2 --lr_anneal_steps 0 --batch_size 2 --num_samples_per_user 2 --num_steps 2",
     "evaluate_samples.py": "--judge_epochs 1",
+    "validate.py": "--judge_epochs 1 --seeds 1",
+    "augmentation_study.py": "--ks 1 --epochs 1 --seeds 1",
+    "make_reference.py": "",
+    "evaluator.py": "",
     "classifier_train_vae.py": "--iterations 2 --batch_size 2 --eval_interval 1",
     "posthoc_ema.py": "",
     "image_nll_vae.py": "--num_samples 2 --batch_size 2 --timestep_respacing 4",
@@ -28,7 +32,9 @@ SMALLER = {
 def commands(text):
     """(ranks, script, flags) of every command in code blocks, in code spans (also over a line's end), or after `#`."""
     text = text.replace("\n#", "\n")
-    for found in re.finditer(r"(mpiexec -n 2 )?python scripts/(\w+\.py)((?: [^`\n]+|\n--[^`\n]+)*)", text):
+    for found in re.finditer(
+        r"(mpiexec -n 2 )?python (?:scripts|evaluations)/(\w+\.py)((?: [^`\n]+|\n--[^`\n]+)*)", text
+    ):
         yield 2 if found[1] else 1, found[2], shlex.split(found[3])
 
 
@@ -50,6 +56,10 @@ def test_the_readme_from_people_to_report(tmp_path):
         "runs/one/samples/grid.png",
         "runs/one/samples/report/report.json",
         "runs/one/samples/report/comparison.png",
+        "runs/one/samples/validation/report.html",
+        "runs/one/samples/validation/accepted.csv",
+        "runs/one/samples/augmentation/study.csv",
+        "runs/reference.npz",
         "runs/dit/train/ema_0.99_best.pt",
         "runs/dit/report/report.json",
         "runs/two/samples/png/user_03/micro_doppler_user03_002.png",
@@ -68,7 +78,8 @@ def test_the_readme_from_people_to_report(tmp_path):
 
 
 def test_every_script_is_in_the_readme():
-    assert {path.name for path in (ROOT / "scripts").glob("*.py")} == set(SMALLER)
+    commands = {path.name for path in (ROOT / "scripts").glob("*.py")} | {"evaluator.py", "make_reference.py"}
+    assert commands == set(SMALLER)
 
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
