@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from guided_diffusion_vae.nn import shifted_in_time
+
 SIZE = 64  # side of the pictures that the judge sees
 FREQUENCIES = 12  # of the 17 that 32 columns have: gait has its power in the lowest, noise in the rest
 BATCH = 32
@@ -161,9 +163,7 @@ def steps_of(epochs: int, images: int) -> int:
 
 def augment(x: th.Tensor) -> th.Tensor:
     """Start elsewhere in the gait cycle, and with another receiver gain: neither says who walks. x: (N, 3, H, W)."""
-    n, width = len(x), x.shape[3]
-    columns = (th.arange(width) + th.randint(width, (n, 1))) % width  # (N, W)
-    x = x.gather(3, columns[:, None, None].expand_as(x))
+    n, x = len(x), shifted_in_time(x)
     return x * (1 + 0.1 * th.randn(n, 1, 1, 1)) + 0.1 * th.randn(n, 1, 1, 1)
 
 

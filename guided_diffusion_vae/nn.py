@@ -71,6 +71,13 @@ def mean_flat(tensor: th.Tensor) -> th.Tensor:
     return tensor.mean(dim=list(range(1, tensor.ndim)))
 
 
+def shifted_in_time(x: th.Tensor) -> th.Tensor:
+    """Images (N, C, H, W), each moved along its columns, in a circle, by a random number of them."""
+    n, width = len(x), x.shape[3]
+    columns = (th.arange(width) + th.randint(width, (n, 1))) % width  # (N, W)
+    return x.gather(3, columns[:, None, None].expand_as(x).to(x.device))
+
+
 def normalization(channels: int) -> GroupNorm32:
     """Group norm with 32 groups.
 

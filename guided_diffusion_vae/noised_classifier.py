@@ -19,6 +19,7 @@ from .config import Run, UserError, refuse_below, typed
 from .flow_matching import FlowConfig, FlowMatching
 from .image_datasets import speaking_of
 from .model_flags import load_weights, network_weights
+from .nn import shifted_in_time
 from .run_record import MAY_DIFFER, read_run, refuse_contradictions
 from .script_util import (
     CHANNEL_MULT,
@@ -52,6 +53,7 @@ class ClassifierTrainConfig:
 
     val_data_dir: str = ""  # held-out data of the same users; the weights with the lowest loss stay as model_best.pt
     noised: bool = True  # train on noisy latents, which guidance asks about; False: on clean ones
+    time_shift: bool = False  # start every image at a random column, circularly: less is learnt by heart
     iterations: int = 150000  # steps in all
     lr: float = 3e-4  # learning rate of AdamW
     weight_decay: float = 0.0  # of AdamW
@@ -97,12 +99,15 @@ class ClassifierLosses:
 
     Args:
         noised: False: the classifier sees clean data, at the time of clean data.
+        time_shift: while it trains, every image starts at a random column: where in the gait cycle a picture begins
+            says nothing of who walks.
     """
 
     log_prefix = "train_"
 
-    def __init__(self, process, *, noised: bool = True):
-        self.process, self.noised, self.num_timesteps = process, noised, process.num_timesteps
+    def __init__(self, process, *, noised: bool = True, time_shift: bool = False):
+        self.process, self.noised, self.time_shift = process, noised, time_shift
+        self.num_timesteps = process.num_timesteps
 
     def training_losses(self, classifier, x_start, t, model_kwargs, noise=None) -> dict[str, th.Tensor]:
         """Cross-entropy in nats, `loss`, and whether the label is among the likeliest 1 and 5: each float32 (N,).
@@ -112,6 +117,8 @@ class ClassifierLosses:
         """
         y = model_kwargs["y"]
         t = t if self.noised else self.clean_times(t)
+        if self.time_shift and classifier.training:
+            x_start = shifted_in_time(x_start)
         x_t = self.process.q_sample(x_start, t, noise=noise) if self.noised else x_start
         logits = as_guidance_asks(classifier, self.process, x_t, t)
         found = {"loss": F.cross_entropy(logits, y, reduction="none")}

@@ -73,7 +73,7 @@ def main(argv=None):
     logger.log("creating model and diffusion...")
     th.manual_seed(run.seed)
     model = create_latent_classifier(config, vae, num_classes=len(data.class_names))
-    losses = ClassifierLosses(process, noised=run.noised)
+    losses = ClassifierLosses(process, noised=run.noised, time_shift=run.time_shift)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     logger.log("training classifier model...")

@@ -110,6 +110,25 @@ def test_without_noise_it_sees_clean_data_at_their_time(process, time):
     assert th.equal(found["loss"], wanted)
 
 
+class Seen(th.nn.Module):
+    """Keeps what it is shown."""
+
+    def forward(self, x, t):
+        self.x = x
+        return x.new_zeros(len(x), 3)
+
+
+def test_time_shift_moves_what_is_learnt_and_not_what_is_judged():
+    x = th.arange(8.0).expand(64, 2, 3, 8)  # every row counts its columns
+    losses, seen = ClassifierLosses(FlowMatching(), noised=False, time_shift=True), Seen()
+    th.manual_seed(0)
+    losses.training_losses(seen, x, th.ones(64), {"y": th.zeros(64, dtype=th.long)})
+    assert th.equal((seen.x - seen.x[..., :1]) % 8, x)  # each counts on from another column
+    assert set(seen.x[:, 0, 0, 0].tolist()) == set(range(8))
+    losses.training_losses(seen.eval(), x, th.ones(64), {"y": th.zeros(64, dtype=th.long)})
+    assert th.equal(seen.x, x)
+
+
 class HeldOut:
     """Rows whose label can be read off them, so that `Reader` is right about a stated share."""
 
