@@ -144,7 +144,8 @@ def main():
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     if args.plot:
-        plot(results, args.plot, f"{args.num_samples} images a point, median and range of {args.rounds} rounds")
+        rounds = f", median and range of {args.rounds} rounds" if args.rounds > 1 else ""
+        plot(results, args.plot, f"{args.num_samples} images a point{rounds}")
 
 
 if __name__ == "__main__":
