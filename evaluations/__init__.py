@@ -1,12 +1,13 @@
 """How near generated spectrograms are to real ones, and whether user 7 is still user 7: arrays in, numbers out.
 
-reading           image_sets: folders and .npz files as arrays; batches: the same in a stream, however large
+reading           image_sets: folders and .npz files as arrays; batches: the same in a stream, however large;
+                  value_range: whether pixels are 0..255
 features          inception with inception_graph and graphdef: the 2015 network; user_classifier: the judge, who learns
                   from real images who is walking; features: every space by name, with a cache
 numbers           statistics: Frechet and kernel distances; manifold: precision, recall, density, coverage, nearest;
                   official: the five numbers in the official arithmetic; roc; reconstruction: PSNR and SSIM
 parts             classifier_tests with shortcut, verification with metric_learning, measure, physics, sifting,
-                  memorization, leaks: each makes one section of a report; augmentation: the study
+                  memorization with copying, leaks, side_by_side: each makes one section of a report; augmentation: the study
 reports           findings: a number between the worst and real images, and its verdict; html; report: the short table
 commands          evaluator, make_reference: the official tool's; validation: what scripts/validate.py asks
 

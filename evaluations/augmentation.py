@@ -6,7 +6,7 @@ With k real images of each user, and n more images a user that come from
 
 a classifier learns and names held-out real images. At the same k all arms learn from equally many batches, so that
 nothing but the images differs. Several seeds draw which k images, the larger k around the smaller; an interval is
-Student's t over seeds. What counts is not "better than k images alone" but better than the best control.
+Student's t over seeds. What counts is not "better than k images alone" but better than every control.
 
 A control shifted along time is rolled: what leaves at the end comes in at the beginning. In a longer recording a shift
 is another part of the walk; within a picture it holds nothing new, and breaks the gait cycle at the seam. The
@@ -25,6 +25,7 @@ from guided_diffusion_vae.config import UserError, refuse_below
 
 from .classifier_tests import per_user, pick
 from .image_sets import ImageSet
+from .measure import _shared
 from .study import ALONE, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
 from .user_classifier import BATCH, CHUNK, UserClassifier, steps_of, train_user_classifier
 
@@ -115,6 +116,7 @@ def augmentation_study(
             "generated_per_user": per_user,
             "real_per_user": available,
             "heldout_images": len(heldout.pixels),
+            "heldout_in_training": _shared(train, heldout),
             "seeds": seeds,
             "seed": seed,
             "steps": steps_at,
@@ -135,6 +137,8 @@ def refuse_impossible(train: ImageSet, heldout: ImageSet, generated: ImageSet, k
     for flag, images in (("--heldout_dir", heldout), ("--samples", generated)):
         if images.labels is None:
             raise UserError(f"{flag} does not say who is shown; the study needs users of --real_dir")
+    if _shared(train, heldout) == len(heldout.pixels):
+        raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     real, fake = (np.bincount(images.labels, minlength=len(names)) for images in (train, generated))
     if max(ks) > real.min():
         user = names[real.argmin()]

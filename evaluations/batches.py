@@ -24,16 +24,14 @@ from guided_diffusion_vae.data.image_folder import MAX_PIXELS, list_images, read
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 
 from .image_sets import _pngs_of
+from .value_range import look_for_casts, refuse_unit_range
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 FEWEST = 4  # precision and recall look at the third other neighbour
 BLOCK_BYTES = 1 << 28  # of images at a time, however large one is
 SMALL_BYTES = 1 << 28  # of a member that is loaded whole: labels, statistics
 WHOLE_BYTES = 1 << 32  # of images whose order on disk (Fortran's) does not let them be read a few at a time
-TO_PIXELS = {
-    "[-1, 1]": "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')",
-    "[0, 1]": "(x * 255).round().clip(0, 255).astype('uint8')",
-}
+ROUNDING = 1e-5  # of the largest entry: how far a stored covariance may be from symmetric
 
 
 class Batch:
@@ -162,7 +160,9 @@ class NpzBatch(Batch):
             if "arr_1" in self.members:
                 self._take_labels(self._small(archive, "arr_1"))
         if self.header.dtype.kind == "f":
-            self._refuse_unit_range()
+            refuse_unit_range(self._raw(64), self.header.dtype, self._at)
+        else:
+            self.notes += look_for_casts(self._raw(8), self.header.dtype, self._at)
 
     @cached_property
     def digest(self) -> str:
@@ -182,10 +182,15 @@ class NpzBatch(Batch):
         for mean, covariance in (STATISTICS[:2], STATISTICS[2:]):
             mu, sigma = stats[mean], stats[covariance]
             numbers = all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma))
-            if not numbers or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+            if not numbers or mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape:
                 raise UserError(
                     f"{self._at} stores {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape};"
                     " they must be finite, (d,) and (d, d): make the file with make_reference.py"
+                )
+            if np.abs(sigma - sigma.T).max() > ROUNDING * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+                raise UserError(
+                    f"{self._at}: {covariance} is no covariance, which is symmetric with nothing below 0 on its"
+                    " diagonal: make the file with make_reference.py"
                 )
         return stats
 
@@ -274,19 +279,6 @@ class NpzBatch(Batch):
             self.notes.append(
                 f"{self._at}: arr_1 is {labels.dtype} {labels.shape}, not one integer an image ({len(self)}); ignored"
             )
-
-    def _refuse_unit_range(self) -> None:
-        """Raise if no value is beyond what [-1, 1] or [0, 1] with overshoot has; the first that is ends the look."""
-        low, high = np.inf, -np.inf
-        for block in self._raw(64):
-            low, high = min(low, block.min()), max(high, block.max())
-            if high > 4 or not np.isfinite([low, high]).all():
-                return
-        seen = "[-1, 1]" if low < 0 else "[0, 1]"
-        remedy = TO_PIXELS[seen] if -1.5 < low and high < 1.5 else "convert it to uint8"
-        raise UserError(
-            f"{self._at}: arr_0 is {self.header.dtype} from {low:.3g} to {high:.3g}; it must be 0 to 255: {remedy}"
-        )
 
     def _blocks(self, step: int) -> Iterator[np.ndarray]:
         for block in self._raw(step):

@@ -1,14 +1,15 @@
 """What a classifier makes of generated images, and what it learns from them.
 
     TRTR   learns from real images,      names held-out real ones: the ceiling
-    TRTS   learns from real images,      names generated ones: "user accuracy"
+    TRTS   learns from real images,      names generated ones
     TSTR   learns from generated images, names held-out real ones (classification accuracy score)
     gain   learns from both,             names held-out real ones; minus TRTR
 
 TRTS rewards what is typical: one good picture of each user, repeated, scores 1. TSTR asks for the variety of real
 walks as well, so a high TRTS beside a low TSTR is the mark of low diversity. Some identity is no gait at all but
 brightness or noise: what a few such numbers tell stands beside as the shortcut. Every accuracy is the mean over users
-of the share of right answers within a user; all classifiers learn from equally many batches.
+of the share of right answers within a user (the "user accuracy" of `measure` is the share of all images, by a
+classifier that learned from a sixth less); all classifiers learn from equally many batches.
 
 Source: Ravuri and Vinyals 2019 (TSTR as "CAS"); Salimans et al. 2016 (inception score).
 """
@@ -29,6 +30,7 @@ from .user_classifier import CHUNK, UserClassifier, steps_of, to_input, train_us
 
 REAL, FEWER, FAKE, BOTH = "real", "as many real", "generated", "real + generated"  # what a classifier learns from
 ROUNDS = 1000  # of the bootstrap
+FEWEST_DRAWN = 3  # users that an interval can be drawn from
 LOW_DIVERSITY = 0.25  # TRTS above TSTR by this share of their ceilings
 DARK = (8, 48, 107)  # the colour of 1 in a confusion matrix
 
@@ -163,10 +165,15 @@ def per_user(named: np.ndarray, labels: np.ndarray, num_users: int) -> np.ndarra
     return np.where(shown > 0, right / np.maximum(shown, 1), np.nan)
 
 
-def interval_of(right: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % of the mean of (seeds, users), by drawing seeds and users anew, both with replacement."""
+def interval_of(right: np.ndarray, rng: np.random.Generator) -> tuple[float, float] | None:
+    """95 % of the mean of (seeds, users), by drawing seeds and users anew, both with replacement.
+
+    None with fewer than three users, who tell too little of others.
+    """
     right = right[:, ~np.isnan(right).any(axis=0)]
     seeds, users = right.shape
+    if users < FEWEST_DRAWN:
+        return None
     draws = [right[rng.integers(seeds, size=seeds)][:, rng.integers(users, size=users)].mean() for _ in range(ROUNDS)]
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
@@ -190,7 +197,9 @@ def _accuracies(answers: Answers, by_shortcut, rng: np.random.Generator) -> dict
     about_gain = "what as many generated images add to all real ones, in accuracy on held-out real images"
     return {
         "TRTR": finding("TRTR", ceiling, ceiling, "learns from real, names held-out real images: the ceiling"),
-        "TRTS": finding("TRTS", answers.right_generated, ceiling, "learns from real, names generated images"),
+        "TRTS": finding(
+            "TRTS", answers.right_generated, ceiling, "learns from real, names generated images; mean over users"
+        ),
         "TSTR": finding(
             "TSTR", answers.right[FAKE], fewer, "learns from generated, names held-out real; real: as many real images"
         ),
@@ -218,17 +227,19 @@ def _words(found: dict[str, Finding], train: ImageSet, samples: ImageSet, seeds:
             f"TRTS is {trts.shown(trts.value)} beside a TSTR of {tstr.shown(tstr.value)} (as many real images:"
             f" {tstr.shown(tstr.real)}): the images show the right users, but too little of how real walks vary"
         )
-    if trts.interval[0] > trtr.value:
+    if trts.interval and trts.interval[0] > trtr.value:
         notes.append(
             "generated images are easier to name than held-out real ones: they show the training sessions, typical"
             " walks, or copies"
         )
     if shortcut.value >= trts.value:
         notes.append("a few numbers of a picture tell the generated users as well as TRTS: no proof of gait")
-    low, high = gain.interval
+    low, high = gain.interval or (0.0, 0.0)
     words = "helps" if low > 0 else "harms" if high < 0 else "neither helps nor harms beyond chance"
-    span = f"{gain.shown(gain.value)}, 95 % interval {gain.shown(low)} to {gain.shown(high)}"
-    notes.append(f"learning from generated images besides all real ones {words}: {span}")
+    span = (
+        f"95 % interval {gain.shown(low)} to {gain.shown(high)}" if gain.interval else "too few users for an interval"
+    )
+    notes.append(f"learning from generated images besides all real ones {words}: {gain.shown(gain.value)}, {span}")
     if seeds == 1:
         notes.append("one seed: the intervals say how users differ, not how classifiers do")
     return notes

@@ -24,7 +24,7 @@ import numpy as np
 import torch as th
 
 from evaluations import official
-from evaluations.batches import ArrayBatch, Batch, open_batch
+from evaluations.batches import Batch, open_batch
 from evaluations.features import (
     FeatureSpace,
     can_learn_users,
@@ -36,23 +36,14 @@ from evaluations.features import (
     vae_space,
 )
 from evaluations.findings import Finding, Section
-from evaluations.html import as_dict, render, write_json, write_text
+from evaluations.html import as_dict, refuse_unwritable, render, write_json, write_text
 from evaluations.manifold import Fidelity, fidelity
-from evaluations.measure import shuffle_pixels
-from evaluations.statistics import (
-    classifier_inception_score,
-    frechet_floor,
-    kernel_distance,
-    kernel_distance_subsets,
-    subset_size,
-)
+from evaluations.side_by_side import FEWEST, at_the_same_number, shuffled
+from evaluations.statistics import classifier_inception_score, kernel_distance_subsets, subset_size
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run, refuse_below
 
-FEWEST = 6  # density and coverage look at the fifth neighbour
 SUBSETS = 100  # of the kernel distance
-MANY, MANY_SPLITS, FEW_SPLITS = 256, 3, 10  # above so many dimensions fewer splits of the floor
-WORST_IMAGES = 1000  # whose pixels are shuffled
 HALF_FLAW = 0.01  # more than this between official and exact precision or recall is worth a warning
 TITLE = "Generated images against reference images"
 
@@ -64,7 +55,7 @@ class EvaluatorConfig:
     # inception, dinov2, user, vae, or a user classifier's file; empty: inception if its weights are found
     features: str = ""
     inception_weights: str = ""  # .pb or .pth; empty: INCEPTION_WEIGHTS, this folder, then torch's cache
-    check_weights: bool = True  # False: take other weights of Inception's layout; the numbers are no FID anyone knows
+    check_weights: bool = True  # False: take other weights of Inception's layout; no number is then called FID
     dinov2_path: str = ""  # transformers' folder or timm's file, for --features dinov2
     vae_path: str = "microdoppler-f4"  # the autoencoder of --features vae
     batch_size: int = 64  # images at a time
@@ -78,6 +69,7 @@ class EvaluatorConfig:
 
     def __post_init__(self):
         refuse_below(self, 1, "batch_size")
+        refuse_below(self, 0, "seed")
 
 
 def main(argv=None):
@@ -88,6 +80,7 @@ def main(argv=None):
     if run.dry_run:
         print(run)
         return
+    refuse_outputs(run, {"REF": paths.ref_batch, "SAMPLE": paths.sample_batch})
     ref, sample = (
         open_batch(path, flag, grey_to_rgb=run.grey_to_rgb, skip_bad_images=run.skip_bad_images, say=_warn)
         for path, flag in ((paths.ref_batch, "REF"), (paths.sample_batch, "SAMPLE"))
@@ -110,11 +103,12 @@ def main(argv=None):
     for name, value in numbers.items():
         print(f"{name}: {value}", flush=True)
 
-    x, y, notes = compared(space, ref_features), sample_features["pool"], []
-    sections, lines = [Section(title="The evaluator's numbers", findings=_as_findings(numbers), notes=warnings)], {}
+    x, y, notes, lines = compared(space, ref_features), sample_features["pool"], [], {}
+    findings = as_findings(space, numbers, ref_features, sample_features)
+    sections = [Section(title="The evaluator's numbers", findings=findings, notes=warnings)]
     if run.extras:
-        lines, notes = beyond(space, numbers, x, y, sample_features, seed=run.seed)
-        worst = _shuffled(space, ref, run.seed)
+        lines, notes = beyond(space, numbers, ref_features, sample_features, seed=run.seed)
+        worst = shuffled(space, ref, run.seed)
         section, floor_lines = at_the_same_number(space, x, y, worst, seed=run.seed)
         lines |= floor_lines
         for name, text in lines.items():
@@ -136,6 +130,17 @@ def main(argv=None):
         write_text(run.html, render(TITLE, sections, about))
 
 
+def refuse_outputs(run, inputs: dict[str, str]) -> None:
+    """Raise if --json or --html cannot be written, or would overwrite each other or an input."""
+    taken = {Path(path).resolve(): name for name, path in inputs.items()}
+    for flag, path in (("--json", run.json), ("--html", run.html)):
+        if path:
+            refuse_unwritable(path, flag)
+            other = taken.setdefault(Path(path).resolve(), flag)
+            if other != flag:
+                raise UserError(f"{flag} {path} is {other}, too; give another name")
+
+
 def choose_space(run, ref: Batch) -> FeatureSpace:
     """The feature space that the flags name, or the best there is; says so if that is not Inception's.
 
@@ -150,6 +155,8 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
 
         weights = find_weights(run.inception_weights)
         if weights is not None:
+            if not run.check_weights:
+                _warn(f"the weights {weights} are unchecked: no number is called FID, all bear inception-unchecked")
             return inception_space(weights, check=run.check_weights, **on_device)
         where = " ".join(WHERE_TO_GET.split())
         if name:
@@ -213,7 +220,7 @@ def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
             official.Batch(part["pool"], part["spatial"], part.get("stats"), part.get("spatial_stats"))
             for part in (ref, sample)
         ]
-        return official.five_numbers(*found, space.class_weight)
+        return {_name(space, k): v for k, v in official.five_numbers(*found, space.class_weight).items()}
     x, y = compared(space, ref), sample["pool"]
     score = {}
     if "probabilities" in sample:
@@ -229,25 +236,26 @@ def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
     }
 
 
-def beyond(space: FeatureSpace, numbers, x, y, sample: dict, *, seed: int) -> tuple[dict[str, str], list[str]]:
+def beyond(space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int) -> tuple[dict[str, str], list[str]]:
     """Numbers of all images that the five lack, as lines (name -> text), and warnings about the five."""
-    end = "" if space.name == "inception" else f"_{space.name}"
+    x, y, end = compared(space, ref), sample["pool"], space.ending
     n, m, d = len(x), len(y), x.shape[1]
     kid, size = kernel_distance_subsets(x, y, SUBSETS, seed=seed), subset_size(n, m)
     lines, notes = {f"KID{end}": f"{kid.mean:.6g} +- {kid.std:.2g} ({SUBSETS} subsets of {size} images)"}, []
-    if min(n, m) <= d:
+    few = [str(count) for count, side in ((n, ref), (m, sample)) if "stats" not in side and count <= d]
+    if few:
         notes.append(
-            f"{space.distance} of {n} and {m} images in {d} dimensions: their covariances lack full rank and the"
-            " distance is far too high; read it against its floor, or KID"
+            f"{space.distance} of {' and '.join(few)} images in {d} dimensions: a covariance of so few lacks full rank"
+            " and the distance is far too high; read it against its floor, or KID"
         )
     if min(n, m) < FEWEST:
         notes.append(f"density and coverage need {FEWEST} images a side; here are {n} and {m}")
         return lines, notes
     near = fidelity(x, y)
-    if space.name == "inception":
-        lines |= {"Precision (fp32, centred)": f"{near.precision}", "Recall (fp32, centred)": f"{near.recall}"}
-        notes += half_precision_warnings(numbers, near)
-    if space.class_weight is not None and math.isnan(numbers["Inception Score"]):
+    if space.class_weight is not None:
+        lines |= {f"{name}{end} (fp32, centred)": f"{getattr(near, name.lower())}" for name in ("Precision", "Recall")}
+        notes += half_precision_warnings(numbers, near, end)
+    if space.class_weight is not None and math.isnan(numbers[_name(space, "Inception Score")]):
         probabilities = official.class_probabilities(sample["pool"], space.class_weight)
         notes.append(
             f"the Inception Score is nan, officially, as a probability is 0 in {official.underflows(probabilities)}"
@@ -256,9 +264,9 @@ def beyond(space: FeatureSpace, numbers, x, y, sample: dict, *, seed: int) -> tu
     return lines | {f"Density{end}": f"{near.density}", f"Coverage{end}": f"{near.coverage}"}, notes
 
 
-def half_precision_warnings(numbers: dict[str, float], exact: Fidelity) -> list[str]:
+def half_precision_warnings(numbers: dict[str, float], exact: Fidelity, end: str = "") -> list[str]:
     """Where the official float16 arithmetic leads astray: features that lie closer together than to 0."""
-    pairs = (("Precision", exact.precision), ("Recall", exact.recall))
+    pairs = ((f"Precision{end}", exact.precision), (f"Recall{end}", exact.recall))
     return [
         f"{name} is {numbers[name]:.4f} in the official float16 but {value:.4f} in float32 about the mean: trust the"
         " latter"
@@ -267,65 +275,21 @@ def half_precision_warnings(numbers: dict[str, float], exact: Fidelity) -> list[
     ]
 
 
-def at_the_same_number(space: FeatureSpace, x, y, worst, *, seed: int) -> tuple[Section, dict[str, str]]:
-    """Generated images beside real ones against the same real ones, all at one number, as distances depend on it.
-
-    Args:
-        x, y: features of real and generated images; worst: of real images with shuffled pixels, or None.
-    """
-    half, rng = min(len(x) // 2, len(y)), np.random.default_rng(seed)
-    splits = MANY_SPLITS if x.shape[1] > MANY else FEW_SPLITS
-    name, end = space.distance, "" if space.name == "inception" else f"_{space.name}"
-    if half < FEWEST:
-        return Section(title="Against real images", notes=[f"{half} images a half are too few for a floor"]), {}
-    floor = frechet_floor(x, half, half, splits=splits, seed=seed)
-    draws = [(rng.permutation(len(x)), rng.permutation(len(y))[:half]) for _ in range(splits)]
-    distance = float(np.mean([official.frechet_of_features(x[i[:half]], y[j]) for i, j in draws]))
-    order, chosen = draws[0]
-    reference, others = x[order[:half]], {"real": x[order[half : 2 * half]], "value": y[chosen]}
-    if worst is not None:
-        others["worst"] = worst[:half]
-    found = {role: fidelity(reference, features)._asdict() for role, features in others.items()}
-    for role, features in others.items():
-        found[role][f"KID{end}"] = kernel_distance(reference, features)
-    findings = [
-        Finding(
-            name=name,
-            value=distance,
-            real=floor.mean,
-            worst=None if worst is None else official.frechet_of_features(reference, worst[:half]),
-            about=f"Frechet distance, {half} against {half} images, mean of {splits} random splits",
-            distance=True,
-        )
-    ]
-    found.setdefault("worst", dict.fromkeys(Fidelity._fields, 0.0))
-    for score in (f"KID{end}", *Fidelity._fields):
-        ends = {role: values.get(score) for role, values in found.items()}
-        label = score if score.startswith("KID") else f"{score.capitalize()}{end}"
-        findings.append(Finding(name=label, about=f"{half} against {half} images", **ends))
-    lines = {
-        f"{name} floor": f"{floor.mean} (real against real, {half} and {half} images, {splits} splits)",
-        f"{name} at that number": f"{distance}",
-        f"{name} / floor": f"{distance / floor.mean:.4g}" if floor.mean > 0 else "-",
-    }
-    notes = ["Real images are a random half of the reference, judged by the other half, so of the same recordings."]
-    if worst is not None:
-        notes.append("The worst are reference images whose pixels are shuffled.")
-    return Section(title=f"Against real images, {half} of each", findings=findings, notes=notes), lines
+def as_findings(space: FeatureSpace, numbers: dict[str, float], ref: dict, sample: dict) -> list[Finding]:
+    """The headline's numbers; a user classifier's Inception score beside that of the real images compared."""
+    ends = {}
+    if "probabilities" in ref:
+        p = ref["probabilities"] if space.learned is None else ref["probabilities"][~space.learned]
+        about = f"exp E KL(p(user | image) || p(user)) of {len(sample['pool'])} images; real: {len(p)} of the reference"
+        ends[f"IS_{space.name}"] = {"real": classifier_inception_score(p), "worst": 1.0, "about": about}
+    return [Finding(name=k, value=v, form="{:.6g}", **ends.get(k, {})) for k, v in numbers.items()]
 
 
-def _shuffled(space: FeatureSpace, ref: Batch, seed: int) -> np.ndarray | None:
-    """Features of reference images whose pixels are shuffled; not where a forward pass is dear."""
-    if space.name not in ("user", "vae"):
-        return None
-    places = np.arange(len(ref)) if space.learned is None else np.flatnonzero(~space.learned)
-    count, rng = min(len(places), WORST_IMAGES), np.random.default_rng(seed)
-    pixels = shuffle_pixels(ref.take(rng.choice(places, count, replace=False)), rng)
-    return space.extract(ArrayBatch(pixels, flag="shuffled"))["pool"]
-
-
-def _as_findings(numbers: dict[str, float]) -> list[Finding]:
-    return [Finding(name=k, value=v if math.isfinite(v) else None, form="{:.6g}") for k, v in numbers.items()]
+def _name(space: FeatureSpace, official_name: str) -> str:
+    """What one of the five numbers is called in this space: its own name if the weights are known to be Inception's."""
+    if space.name == "inception":
+        return official_name
+    return {"Inception Score": "IS", "FID": "FD", "sFID": "sFD"}.get(official_name, official_name) + space.ending
 
 
 def _warn(line: str) -> None:

@@ -5,8 +5,8 @@ dinov2      DINOv2's class token at 224 pixels (FD_DINOv2); its weights, too
 user        the user classifier, learned from half of the labelled reference, or from a file (FD_user)
 vae         latents of the shipped autoencoder, averaged over a 4 x 4 grid (FD_vae)
 
-A number belongs to its space: only Inception's distance is called FID. Features may be kept in a folder, under the
-digests of the images and of the extractor.
+A number belongs to its space: only Inception's distance is called FID, and only if its weights were checked. Features
+may be kept in a folder, under the digests of the images and of the extractor.
 """
 
 import hashlib
@@ -54,6 +54,11 @@ class FeatureSpace(NamedTuple):
         """What the Frechet distance in this space is called."""
         return {"inception": "FID", "dinov2": "FD_DINOv2"}.get(self.name, f"FD_{self.name}")
 
+    @property
+    def ending(self) -> str:
+        """What the names of other numbers end in; nothing for Inception."""
+        return "" if self.name == "inception" else f"_{self.name}"
+
 
 # ---- the spaces ------------------------------------------------------------------------------------------------------
 
@@ -62,7 +67,8 @@ def inception_space(path, *, check: bool = True, batch_size: int = 64, device="c
     """Inception of 2015 from its .pb or .pth.
 
     Args:
-        check: compare size and SHA-256 with the published file's; False takes other weights of the same layout.
+        check: compare size and SHA-256 with the published file's; False takes other weights of the same layout, and
+            the space is called inception-unchecked.
     """
     from .inception import features_of, load_inception
 
@@ -72,8 +78,12 @@ def inception_space(path, *, check: bool = True, batch_size: int = 64, device="c
         pool, spatial = features_of(model, _seen(batch, batch_size, progress), batch_size=batch_size)
         return {"pool": pool, "spatial": spatial}
 
-    weights = model.class_weight
-    return FeatureSpace("inception", digest(path)[:16], extract, f"Inception of 2015, {path}", np.asarray(weights))
+    name, about = "inception", f"Inception of 2015, {path}"
+    if not check:
+        name, about = "inception-unchecked", f"{about}: unchecked weights, so compare within this report only"
+    elif Path(path).suffix == ".pb":
+        about += ": checked by its size, as no hash of it is public"
+    return FeatureSpace(name, digest(path)[:16], extract, about, np.asarray(model.class_weight))
 
 
 def user_space(judge: UserClassifier, *, learned=None, batch_size: int = 64, progress=False, about="") -> FeatureSpace:

@@ -17,7 +17,7 @@ AS_REAL, NEARER_REAL, NEARER_WORST = 0.9, 0.5, 0.1  # places at which the words 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One number; None where it has no meaning."""
+    """One number; None where it has no meaning, which is also what a number becomes that is not finite."""
 
     name: str
     value: float | None
@@ -27,6 +27,14 @@ class Finding:
     form: str = "{:.3g}"  # how the number is printed: "{:.1%}"
     about: str = ""  # what is measured, in a sentence without a full stop
     distance: bool = False  # ratios count, not differences
+
+    def __post_init__(self):
+        for name in ("value", "real", "worst"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                object.__setattr__(self, name, None)
+        if self.interval is not None and not all(map(math.isfinite, self.interval)):
+            object.__setattr__(self, "interval", None)
 
     @property
     def place(self) -> float | None:

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion_vae.checkpoint import atomic_write
+from guided_diffusion_vae.config import UserError
 
 from .findings import Finding, Section, Table
 from .report import save_picture
@@ -87,6 +89,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def refuse_unwritable(path, flag: str) -> None:
+    """Find out before the work whether a file can be written afterwards; nothing is made.
+
+    Args:
+        flag: what an error calls the path.
+    Raises:
+        UserError: it is a folder, or lies where nothing can be written.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file in it, such as {path / 'report'}")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag} {path}: {above} is a file, so nothing can be written below it; give another place")
+    if not os.access(above, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise UserError(f"{flag} {path} cannot be written: no permission in {above}; give another place")
 
 
 def write_text(path, text: str) -> None:
@@ -165,10 +185,11 @@ def _table(table: Table) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A table's cell; floats with three digits, and a dash where there is no number."""
+    """A table's cell; floats with three digits, words by commas, and a dash where there is no number."""
     value = value.item() if isinstance(value, np.generic) else value
     missing = value is None or (isinstance(value, float) and not math.isfinite(value))
-    shown = "-" if missing else f"{value:.3g}" if isinstance(value, float) else str(value)
+    words = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    shown = "-" if missing else f"{value:.3g}" if isinstance(value, float) else words
     return f"<td>{escape(shown)}</td>"
 
 

@@ -7,10 +7,10 @@ shifts s that leave enough overlap,
 
     r(a, b) = max_s sum_vt a(v, t + s) b(v, t) / sqrt(sum a^2 sum b^2)       sums over the overlap
 
-of pictures differenced along Doppler and time: gait resembles gait, but the fine grain is the same only in the same
-recording. How alike pictures are by chance is seen at the nearest of other users, which cannot be the same recording
-(at the nearest of all where nobody is named): a twin is farther above their median than three times what lies between
-their median and their highest tenth.
+of pictures less their local means: gait resembles gait, but the fine grain is the same only in the same recording.
+How alike pictures are by chance is seen at the nearest of other users, which cannot be the same recording (at the
+nearest of all where nobody is named): a twin is farther above their median than three times what lies between their
+median and their highest tenth.
 """
 
 import re
@@ -25,9 +25,11 @@ from PIL import Image, ImageDraw
 
 from .findings import Finding, Section, Table
 from .image_sets import ImageSet
+from .measure import digests
 from .physics import detect_colormap, thumbnails
 
 SIDE, COLUMNS = 32, 64  # of the small pictures; those that are shifted keep more columns, or shifts fall between them
+AROUND = 5, 9  # rows and columns of the small pictures whose mean is taken off to see the grain
 OVERLAP = 0.4  # of the columns, at least
 LEAST_ENERGY = 0.1  # of a picture that the overlap must hold: two empty corners are no twins
 IN_PLACE, SHIFTED = (0.93, 0.97), (0.82, 0.95)  # between which the border of a twin lies
@@ -57,23 +59,77 @@ class Small(NamedTuple):
     labels: np.ndarray | None
     in_place: th.Tensor
     grain: th.Tensor
+    digests: list[bytes]  # of the pictures themselves
     width: int  # of the pictures themselves
 
     def take(self, index) -> "Small":
         """The images at these places."""
         labels = None if self.labels is None else self.labels[index]
-        return Small(labels, self.in_place[index], self.grain[index], self.width)
+        return Small(labels, self.in_place[index], self.grain[index], [self.digests[i] for i in index], self.width)
+
+
+class Found(NamedTuple):
+    """What `find_twins` found of every image of a new set that it looked at."""
+
+    shown: np.ndarray  # the places of these images
+    exact: np.ndarray  # the place of an image with the same pixels, or -1
+    near: Twins
+    shifted: Twins
+
+    @property
+    def kinds(self) -> dict[str, np.ndarray]:
+        """Whether it is an exact, a near, a shifted twin: never two of them."""
+        exact, near, moved = self.exact >= 0, self.near.above() >= 0, self.shifted.above() >= 0
+        near = (near | (moved & (self.shifted.shift == 0))) & ~exact
+        return {"exact": exact, "near": near, "shifted": moved & ~near & ~exact}
+
+    @property
+    def twin(self) -> np.ndarray:
+        """Whether it is a twin of any kind."""
+        return np.any(list(self.kinds.values()), axis=0)
+
+    def pairs(self, new: str, known: str) -> list["Pair"]:
+        """Each with its nearest, under the names of the two sets."""
+        kinds, pairs = self.kinds, []
+        above_near, above_moved = self.near.above(), self.shifted.above()
+        for i, place in enumerate(self.shown):
+            kind = next((kind for kind, is_such in kinds.items() if is_such[i]), "none")
+            twins, above = (self.shifted, above_moved) if above_moved[i] > above_near[i] else (self.near, above_near)
+            alike, at, shift = float(twins.alike[i]), int(twins.place[i]), int(twins.shift[i])
+            if kind == "exact":
+                pairs.append(Pair(2.0, 1.0, kind, 0, new, int(place), known, int(self.exact[i])))
+            else:
+                pairs.append(Pair(float(above[i]), alike, kind, shift, new, int(place), known, at))
+        return pairs
 
 
 def make_small(images: ImageSet, colormap: str) -> Small:
-    """Small pictures (N, R, C): less their means over time; and differenced along both axes.
+    """Small pictures (N, R, C): less their means over time; and of finer size less the mean around each point, too.
 
     A gain in decibels, and what stands still, are in neither.
     """
     small = th.from_numpy(thumbnails(images.pixels, colormap, (SIDE, COLUMNS)))
     coarse = F.interpolate(small[:, None], size=(small.shape[1], min(SIDE, small.shape[2])), mode="area")[:, 0]
-    grain = small.diff(dim=1).diff(dim=2)
-    return Small(images.labels, coarse - coarse.mean(dim=2, keepdim=True), grain, images.pixels.shape[2])
+    moving = small - small.mean(dim=2, keepdim=True)
+    rows, columns = AROUND
+    around = F.avg_pool2d(moving[:, None], AROUND, 1, (rows // 2, columns // 2), count_include_pad=False)
+    grain = moving - around[:, 0]
+    coarse -= coarse.mean(dim=2, keepdim=True)
+    return Small(images.labels, coarse, grain, digests(images.pixels), images.pixels.shape[2])
+
+
+def find_twins(images: Small, others: Small, *, most: int = MOST) -> Found:
+    """The twins of at most so many images, spread evenly through the set, among the others."""
+    count = min(most, len(images.in_place))
+    shown = np.arange(count) * len(images.in_place) // max(count, 1)
+    some = images.take(shown)
+    return Found(shown, exact_twins(some, others), near_twins(some, others), shifted_twins(some, others))
+
+
+def exact_twins(images: Small, others: Small) -> np.ndarray:
+    """The place (N,) of an image with the same pixels among others, -1 where there is none."""
+    known = {digest: place for place, digest in reversed(list(enumerate(others.digests)))}
+    return np.array([known.get(digest, -1) for digest in images.digests])
 
 
 def near_twins(images: Small, others: Small) -> Twins:
@@ -146,20 +202,26 @@ def _energy(x, first, last) -> th.Tensor:
     return th.maximum(total[:, last] - total[:, first], floor).float()
 
 
-def exact_twins(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The place (N,) of an image with the same pixels among others, -1 where there is none."""
-    known = {image.tobytes(): place for place, image in reversed(list(enumerate(others)))}
-    return np.array([known.get(image.tobytes(), -1) for image in images])
-
-
 def recording_of(name: str, user: str) -> str | None:
-    """What recording a file name tells of: all before its last number; None where that is a word, or the user's name.
+    """What recording a path tells of: the folders below the user's, and what comes before the file name's last number.
 
-    user_00_s02_0004.png -> user_00_s02, 002_f00024.png -> 002, user_00_0004.png and img_7.png -> None
+    The latter only where it has a number, too; the user's name says nothing, however it is written; None: nothing does.
+
+    user_00_s02_0004.png -> s02, 002_f00024.png -> 002, user_00/walk/0004.png -> walk, radar_User00_7.png -> None
     """
-    found = re.fullmatch(r"(.*?)[ _-]*[A-Za-z]*\d+", PurePath(name).stem)
-    recording = found.group(1) if found else ""
-    return recording if re.search(r"\d", recording) and recording != user else None
+    whose = _however_written(user)
+    *folders, file = PurePath(name).parts
+    below = next((place + 1 for place, folder in enumerate(folders) if whose.fullmatch(folder)), len(folders))
+    stem = re.sub(r"[ _.-]+", "_", whose.sub("_", PurePath(file).stem)).strip("_")
+    found = re.fullmatch(r"(.*?\d.*?)_*[A-Za-z]*(?<!\d)\d+", stem)
+    return "/".join(folders[below:] + ([found.group(1)] if found else [])) or None
+
+
+def _however_written(user: str) -> re.Pattern:
+    """Finds a user's name in any case, and with any separators: user_03, User 3, USER03."""
+    words = re.findall(r"[^\W\d_]+|\d+", user)
+    parts = [rf"0*{int(word)}(?!\d)" if word.isdigit() else rf"{word}(?![^\W\d_])" for word in words]
+    return re.compile(r"(?<![^\W_])" + r"[\W_]*".join(parts) if parts else r"(?!)", re.IGNORECASE)
 
 
 class Pair(NamedTuple):
@@ -188,29 +250,20 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
         if sets[new].pixels.shape[1:] != sets[known].pixels.shape[1:]:
             notes.append(f"{new} and {known} are pictures of other sizes: not compared")
             continue
-        shown = _spread(sets[new], MOST)
-        if len(shown) < len(sets[new].pixels):
-            notes.append(f"{len(shown)} of {len(sets[new].pixels)} pictures of {new} were looked at")
-        exact = exact_twins(sets[new].pixels[shown], sets[known].pixels)
-        near, moved = (find(small[new].take(shown), small[known]) for find in (near_twins, shifted_twins))
-        is_exact, is_near, is_moved = exact >= 0, near.above() >= 0, moved.above() >= 0
-        is_near = (is_near | (is_moved & (moved.shift == 0))) & ~is_exact
-        is_moved &= ~is_near & ~is_exact
-        kinds = {
-            "exact": (is_exact, "the same pixels"),
-            "near": (is_near, f"a correlation above {near.border:.2f} in place"),
-            "shifted": (is_moved, f"a correlation of the grain above {moved.border:.2f} when moved along time"),
+        found = find_twins(small[new], small[known], most=MOST)
+        if len(found.shown) < len(sets[new].pixels):
+            notes.append(f"{len(found.shown)} of {len(sets[new].pixels)} pictures of {new} were looked at")
+        how = {
+            "exact": "the same pixels",
+            "near": f"a correlation above {found.near.border:.2f} in place",
+            "shifted": f"a correlation of the grain above {found.shifted.border:.2f} when moved along time",
         }
-        for kind, (found, how) in kinds.items():
-            about = f"share of {new} that has a twin in {known}: {how}; from {MUCH:.0%} on, numbers on it say nothing"
-            name, share = f"{kind} twins of {new} in {known}", float(found.mean())
+        for kind, is_such in found.kinds.items():
+            what = f"share of {new} that has a twin in {known}: {how[kind]}"
+            about = f"{what}; from {MUCH:.0%} on, numbers on it say nothing"
+            name, share = f"{kind} twins of {new} in {known}", float(is_such.mean())
             findings.append(Finding(name=name, value=share, real=0.0, worst=MUCH, form="{:.1%}", about=about))
-        for i, place in enumerate(shown):
-            kind = next((kind for kind, (found, _) in kinds.items() if found[i]), "none")
-            twins = moved if moved.above()[i] > near.above()[i] else near
-            above, at, shift = (2.0, exact[i], 0) if is_exact[i] else (twins.above()[i], twins.place[i], twins.shift[i])
-            alike = 1.0 if is_exact[i] else float(twins.alike[i])
-            worst.append(Pair(float(above), alike, kind, int(shift), new, int(place), known, int(at)))
+        worst += found.pairs(new, known)
         notes += _sessions(sets, names, known, new)
     worst.sort(key=lambda pair: -pair.above)
     return Section(
@@ -218,15 +271,9 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
         findings=findings,
         tables=[_table(worst[:SHOWN], names)],
         notes=notes,
-        pictures={"twins.png": _picture(worst[:SHOWN], sets)} if worst else {},
+        pictures={"twins.png": picture(worst[:SHOWN], sets)} if worst else {},
         data={"twins": [pair._asdict() for pair in worst if pair.kind != "none"]},
     )
-
-
-def _spread(images: ImageSet, most: int) -> np.ndarray:
-    """Places of at most so many images, evenly through the set."""
-    count = min(most, len(images.pixels))
-    return np.arange(count) * len(images.pixels) // max(count, 1)
 
 
 def _sessions(sets, names, known: str, new: str) -> list[str]:
@@ -239,6 +286,8 @@ def _sessions(sets, names, known: str, new: str) -> list[str]:
         users = [""] * len(images.pixels) if images.labels is None else [images.class_names[i] for i in images.labels]
         found[key] = {(u, recording_of(n, u)) for u, n in zip(users, names[key], strict=True) if recording_of(n, u)}
     both = sorted(found[known] & found[new])
+    if len({recording for _, recording in found[known] | found[new]}) == 1:  # what stands in every name tells nothing
+        both = found[new] = []
     if both:
         user, recording = both[0]
         of = f" of {user}" if user else ""
@@ -261,8 +310,8 @@ def _table(worst: list[Pair], names) -> Table:
     return Table(title="The most alike pairs", header=header, rows=rows)
 
 
-def _picture(worst: list[Pair], sets) -> Image.Image:
-    """The most alike pairs, one a row: the held-out picture on the left, its nearest on the right."""
+def picture(worst: list[Pair], sets: dict[str, ImageSet]) -> Image.Image:
+    """Pairs, one a row: the new picture on the left, its nearest on the right."""
     side, gap, text = 128, 6, 16
     sheet = Image.new("RGB", (2 * (side + gap) + gap, len(worst) * (side + text + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)

@@ -20,10 +20,13 @@ import numpy as np
 
 from evaluations.batches import Batch, open_batch
 from evaluations.features import FeatureSpace, inception_space
+from evaluations.html import refuse_unwritable
 from evaluations.official import official_moments
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.checkpoint import atomic_write
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run, refuse_below
+
+UNCHECKED = "the weights are unchecked: if they are not Inception's, nor are mu, sigma, mu_s and sigma_s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class ReferenceConfig:
     num_images: int = 10000  # images kept in arr_0, drawn at random; all if there are fewer, or with 0
     image_size: int = 0  # bring all to this size (centre crop, mean over the area); 0: they have one size already
     inception_weights: str = ""  # .pb or .pth; empty: INCEPTION_WEIGHTS, this folder, then torch's cache
-    check_weights: bool = True  # False: take other weights of Inception's layout; the numbers are no FID anyone knows
+    check_weights: bool = True  # False: take other weights of Inception's layout; what is computed is then no FID
     batch_size: int = 64  # images at a time
     grey_to_rgb: bool = False  # repeat images of one channel to three
     skip_bad_images: bool = False  # leave out images that cannot be read instead of refusing
@@ -57,6 +60,9 @@ def main(argv=None):
         raise UserError(f"--out is {run.out!r}; give the name of an .npz to write")
     if run.image_size and not Path(run.data_dir).is_dir():
         raise UserError(f"--image_size {run.image_size} is for folders; {run.data_dir} is none: leave it out")
+    if Path(run.out).resolve() == Path(run.data_dir).resolve():
+        raise UserError(f"--out {run.out} is --data_dir, which would be overwritten; give another name")
+    refuse_unwritable(run.out, "--out")
     names = ("grey_to_rgb", "image_size", "skip_bad_images")
     batch = open_batch(run.data_dir, "--data_dir", say=print, **{name: getattr(run, name) for name in names})
     for note in batch.notes:
@@ -103,6 +109,8 @@ def _inception(run) -> FeatureSpace | None:
         where = " ".join(WHERE_TO_GET.split())
         print(f"no weights of Inception found: the reference has images but no statistics. {where}", flush=True)
         return None
+    if not run.check_weights:
+        print(f"warning: {UNCHECKED}", file=sys.stderr, flush=True)
     return inception_space(
         weights, check=run.check_weights, batch_size=run.batch_size, device=dist_util.dev(), progress=True
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch as th
 
 BLOCK = 1024
+NEIGHBOURS, NEAR_COPY = 50, 1 / 3  # a near copy's nearest is this much nearer than its 50 nearest on average
 
 
 class Fidelity(NamedTuple):
@@ -49,13 +50,8 @@ def fidelity(real, generated, *, k_ball: int = 3, k_density: int = 5) -> Fidelit
     return Fidelity(precision, recall, held / (k_density * len(y)), coverage)
 
 
-def radii(points, k: int) -> np.ndarray:
-    """Squared distance of every point (N, d) to its k-th other neighbour: (N,)."""
-    return _radii(points, k)[0]
-
-
 def _radii(points, *ks: int) -> np.ndarray:
-    """`radii` for several k at once: (len(ks), N)."""
+    """Squared distance of every point (N, d) to its k-th other neighbour, for each k: (len(ks), N)."""
     lacking = [k for k in ks if len(points) <= k]
     if lacking:
         raise ValueError(f"{len(points)} points have no {lacking[0]}-th neighbour; give more than {lacking[0]}")
@@ -81,6 +77,18 @@ def neighbours(points, references, *, count: int = 1, skip: int = 0) -> tuple[np
     near = [th.from_numpy(d).topk(last, largest=False) for _, d in _rows(points, references)]
     squares, places = (th.cat(column)[:, skip:].numpy() for column in zip(*near, strict=True))
     return np.sqrt(squares), places
+
+
+def near_copy_rate(distances) -> float:
+    """Share of points much nearer to one reference than to others.
+
+    Args:
+        distances: to the nearest 50 or so, near to far, (N, count).
+    Source:
+        in the manner of Yoon et al. 2023, with their third.
+    """
+    distances = np.asarray(distances)
+    return float((distances[:, 0] < NEAR_COPY * distances.mean(axis=1)).mean())
 
 
 def _centred(real, others) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ all distances. The worst are real images whose pixels are shuffled. Distances de
 set is compared at the same number.
 """
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,8 +16,7 @@ import numpy as np
 from guided_diffusion_vae.config import UserError, refuse_below
 
 from .image_sets import ImageSet
-from .manifold import fidelity, nearest
-from .memorization import NEIGHBOURS, near_copy_rate
+from .manifold import NEIGHBOURS, fidelity, near_copy_rate, nearest
 from .report import GENERATED, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
 from .statistics import frechet_distance, kernel_distance
 from .user_classifier import SIZE, Judgement, to_input, train_user_classifier
@@ -41,6 +41,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         refuse_below(self, 1, "judge_epochs")
+        refuse_below(self, 0, "seed")
 
 
 def evaluate(
@@ -204,8 +205,13 @@ def refuse_too_few(train: ImageSet, heldout: ImageSet, samples: int) -> None:
 
 def _shared(train: ImageSet, images: ImageSet) -> int:
     """How many images are also training images, pixel for pixel."""
-    known = {image.tobytes() for image in train.pixels}
-    return sum(image.tobytes() in known for image in images.pixels)
+    known = set(digests(train.pixels))
+    return sum(digest in known for digest in digests(images.pixels))
+
+
+def digests(pixels: np.ndarray) -> list[bytes]:
+    """16 bytes an image (N, H, W, 3) that tell whether two have the same pixels."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
 
 
 def _notes(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> list[str]:

@@ -1,43 +1,46 @@
 """Does a generator repeat its training images?
 
-Each number looks at d1, the distance to the nearest training image, and stands between two others: the same number for
-held-out real images, which nobody can have copied from the training images, and for copies of these with slight noise.
+Twins are the same pictures: with the same pixels, nearly so, or moved along time, as `leaks` finds them. The other
+numbers look at d1, the distance to the nearest training image:
 
     near copies   share with d1 < mean(d1 ... d50) / 3
     AuthPct       % with d1 > distance of that training image to the nearest other one
-    C_T           z of Mann and Whitney's test of d1(generated) against d1(test), within cells of the space, averaged
+    C_T           ranks of d1 against those of real images, see `copying`
 
-No single one is proof. C_T compares whole distributions and can miss a few blatant copies, which `nearer` counts; a
-generator that is far from everything passes all of them.
+Each stands between two others: the same number for real images of the same sessions, and for copies of training images
+with slight noise. These real ones are a sixth of the training images, each of which is compared with all but itself: no
+generator of these sessions can be as far from them as other sessions are. Distances are those of the values of
+pictures, read off their colours and averaged to 32 x 32.
+
+No single number is proof. C_T compares whole distributions and can miss a few blatant copies, which `nearer` counts; a
+picture moved along time is far from where it was, so only its twin is seen; a generator that is far from everything
+passes all of them.
 """
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.cluster.vq import kmeans2, vq
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
 
+from .copying import Copying, compare
 from .findings import Finding, Section
-from .manifold import nearest, neighbours
-from .statistics import bootstrap_interval, mean_and_root
+from .image_sets import ImageSet
+from .leaks import IN_PLACE, SHIFTED, Found, find_twins, make_small, picture
+from .manifold import NEIGHBOURS, near_copy_rate, neighbours
+from .measure import set_aside
+from .physics import detect_colormap, thumbnails
+from .statistics import bootstrap_interval
 
-NEIGHBOURS, NEAR_COPY = 50, 1 / 3  # a near copy's nearest is this much nearer than its 50 nearest on average
-COMPONENTS = 64  # principal components in which C_T's distances and cells are
-FEWEST_GENERATED = 20  # of a cell that C_T looks at
+SIDE = 32  # of the pictures whose distances are measured
 NOISE = 0.1  # of a copy, in units of the usual distance between training images
-FEW_REAL = 0.01  # share of held-out images that count as too near
-DEALS = 20  # of the held-out images into test images and others
+MOST_COPIES = 2000  # that numbers are compared with
+MOST_REAL = 500  # real images that twins are looked for of
+BLOCK = 256  # copies at a time
+FEW_REAL = 0.01  # share of real images that count as too near
 UNLIKELY = 0.01  # a p-value
+FEWEST = 4  # real images
 PAIRS = 8  # on the sheet
-
-
-class Copying(NamedTuple):
-    """C_T, below 0 where copied and above where far; None with the reason."""
-
-    value: float | None
-    reason: str = ""
 
 
 class Pairs(NamedTuple):
@@ -48,16 +51,20 @@ class Pairs(NamedTuple):
     distances: np.ndarray
 
 
-def near_copy_rate(distances) -> float:
-    """Share of images much nearer to one training image than to others.
+class Near(NamedTuple):
+    """The training images nearest to some images: distances (N, count) near to far, and their places (N, count).
 
-    Args:
-        distances: to the nearest 50 or so, near to far, (N, count).
-    Source:
-        in the manner of Yoon et al. 2023, with their third.
+    `own`: the places (N,) of the images themselves among the training images, which then do not count; else None.
     """
-    distances = np.asarray(distances)
-    return float((distances[:, 0] < NEAR_COPY * distances.mean(axis=1)).mean())
+
+    distances: np.ndarray
+    places: np.ndarray
+    own: np.ndarray | None = None
+
+
+def near(feats, train, count: int = 1, own=None) -> Near:
+    """The nearest of training features (M, d) to features (N, d); see `Near`."""
+    return Near(*neighbours(feats, train, count=count, skip=0 if own is None else 1), own)
 
 
 def auth_pct(generated, train) -> float:
@@ -69,198 +76,215 @@ def auth_pct(generated, train) -> float:
     Source:
         Alaa et al. 2022, section 4.3.
     """
-    return float(100 * _authentic(generated, train).mean())
+    return float(100 * authentic(near(generated, train), near_each_other(train)).mean())
 
 
-def _authentic(generated, train) -> np.ndarray:
-    d, places = neighbours(generated, train)
-    among = nearest(train, train, skip=1)[:, 0]
-    return d[:, 0] > among[places[:, 0]]
+def near_each_other(train) -> Near:
+    """The two nearest others of every training image."""
+    return near(train, train, count=2, own=np.arange(len(train)))
 
 
-def c_t(generated, test, train, *, cells: int = 3, seed: int = 0) -> Copying:
-    """Are generated features nearer to the training ones than test ones are? About 0 if as near, far below if copied.
-
-    Honest images score about N(0, 1) in each cell; what is dishonest grows with the square root of the counts, so
-    compare at the same counts. Cells without test images or with fewer than 20 generated ones do not count.
-
-    Source:
-        Meehan et al. 2020, section 4; distances and cells in 64 principal components, as dgm-eval does.
-    """
-    return _c_t(*_placed(train, generated, test, cells=cells, seed=seed))
-
-
-class _Placed(NamedTuple):
-    """The cell of each image, and its distance to the nearest training image: (N,) each."""
-
-    cell: np.ndarray
-    nearest: np.ndarray
-
-    def take(self, index) -> "_Placed":
-        return _Placed(self.cell[index], self.nearest[index])
-
-
-def _placed(train, *sets, cells: int = 3, seed: int) -> list[_Placed]:
-    train, *sets = _principal(train, *sets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of empty cells, which do not count
-        centres, _ = kmeans2(train, min(cells, len(train)), iter=50, minit="++", seed=np.random.default_rng(seed))
-    return [_Placed(vq(feats, centres)[0], nearest(feats, train)[:, 0]) for feats in sets]
-
-
-def _c_t(generated: _Placed, test: _Placed) -> Copying:
-    scores, weights = [], []
-    for cell in np.unique(test.cell):
-        ours, theirs = generated.nearest[generated.cell == cell], test.nearest[test.cell == cell]
-        if len(ours) >= FEWEST_GENERATED:
-            scores.append(_mann_whitney(ours, theirs))
-            weights.append(len(theirs))
-    if not scores:
-        return Copying(None, f"no cell has {FEWEST_GENERATED} generated images and a test image")
-    return Copying(float(np.average(scores, weights=weights)))
-
-
-def _dealt(kinds: dict[str, _Placed], rng: np.random.Generator) -> tuple[dict[str, Copying], int]:
-    """C_T of each kind and of how many images: the mean over random halves of the real ones as test images."""
-    real = kinds["real"]
-    count = min(len(real.cell) - len(real.cell) // 2, len(kinds["value"].cell))
-    results = {kind: [] for kind in kinds}
-    for _ in range(DEALS):
-        deal = rng.permutation(len(real.cell))
-        half = len(deal) // 2
-        for kind, images in {**kinds, "real": real.take(deal[half:])}.items():
-            chosen = images.take(rng.permutation(len(images.cell))[:count])
-            results[kind].append(_c_t(chosen, real.take(deal[:half])))
-    return {kind: _mean(deals) for kind, deals in results.items()}, count
-
-
-def _mean(deals: list[Copying]) -> Copying:
-    values = [deal.value for deal in deals if deal.value is not None]
-    return Copying(float(np.mean(values))) if values else deals[0]
-
-
-def _mann_whitney(x, y) -> float:
-    """z of the number of pairs with x > y, ties counted as half."""
-    n, m = len(x), len(y)
-    above = rankdata(np.concatenate([x, y]))[:n].sum() - n * (n + 1) / 2
-    return float((above - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12))
-
-
-def _principal(train, *others) -> list[np.ndarray]:
-    """All in the first principal components of the training features, float32."""
-    mean, root = mean_and_root(train)
-    values, vectors = np.linalg.eigh(root @ root.T)
-    first = np.flatnonzero(values > 1e-12 * values.max())[-COMPONENTS:]
-    axes = (root.T @ vectors[:, first] / np.sqrt(values[first])).astype(np.float32)
-    return [(np.asarray(a, dtype=np.float32) - mean.astype(np.float32)) @ axes for a in (train, *others)]
-
-
-def closest_pairs(generated, train, count: int) -> Pairs:
-    """The generated images that are nearest to a training image, by features (N, d) and (M, d)."""
-    generated, train = np.asarray(generated), np.asarray(train)
-    d, places = (column[:, 0] for column in neighbours(generated, train))
-    first = np.argsort(d, kind="stable")[:count]
-    exact = np.linalg.norm(generated[first].astype(np.float64) - train[places[first]], axis=1)
-    order = np.argsort(exact, kind="stable")
-    return Pairs(first[order], places[first[order]], exact[order])
-
-
-def memorization(
-    train_feats, heldout_feats, generated_feats, train_pixels, heldout_pixels, generated_pixels, *, seed: int = 0
-) -> Section:
-    """The section of the report: each number beside that of held-out real images and that of copies.
-
-    C_T depends on the counts: there a random half of the held-out images are the test images, and as many generated
-    images, copies and images of the other half are compared with them; the mean over several such deals.
+def authentic(found: Near, among: Near) -> np.ndarray:
+    """Whether each image (N,) is further from its nearest training image than that is from the next.
 
     Args:
-        *_feats: (N, d), all of one feature space; *_pixels: uint8 (N, H, W, 3) in the same order, for the sheet.
+        among: of `near_each_other`.
+    """
+    place = found.places[:, 0]
+    gap = among.distances[place, 0]
+    if found.own is not None:  # an image is not its neighbour's neighbour either
+        gap = np.where(among.places[place, 0] == found.own, among.distances[place, 1], gap)
+    return found.distances[:, 0] > gap
+
+
+def closest_pairs(feats, train, found: Near, count: int) -> Pairs:
+    """The images that are nearest to a training image, by features (N, d) and (M, d); distances in float64."""
+    first = np.argsort(found.distances[:, 0], kind="stable")[:count]
+    places = found.places[first, 0]
+    exact = np.linalg.norm(feats[first].astype(np.float64) - train[places], axis=1)
+    order = np.argsort(exact, kind="stable")
+    return Pairs(first[order], places[order], exact[order])
+
+
+def features(images: ImageSet, colormap: str) -> np.ndarray:
+    """Pictures as values in [0, 1], averaged to 32 x 32: (N, 1024) float32."""
+    return thumbnails(images.pixels, colormap, (SIDE, SIDE)).reshape(len(images.pixels), -1)
+
+
+def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed: int = 0) -> Section:
+    """The section of the report: each number beside that of real images of the same sessions and that of copies.
+
+    Twins are compared with those of held-out images, as windows of one recording may overlap in the training set.
+
+    Args:
+        train, heldout, samples: images of one size; see `measure.evaluate`.
     """
     rng = np.random.default_rng(seed)
-    train, heldout, generated = (np.asarray(a, dtype=np.float32) for a in (train_feats, heldout_feats, generated_feats))
-    if len(train) < 3 or len(heldout) < 4 or not len(generated):
-        few = f"{len(train)} training, {len(heldout)} held-out and {len(generated)} generated images are too few"
-        return Section(title="Memorisation", notes=[f"{few} to look for copies"])
-    kinds = {"value": generated, "real": heldout, "worst": copies(train, len(generated), rng)}
-    among = min(NEIGHBOURS, len(train) - 1)
-    near = {kind: nearest(feats, train, count=among) for kind, feats in kinds.items()}
-    usual = max(float(np.median(near["real"][:, 0])), np.finfo(np.float32).tiny)
-    limit = np.quantile(near["real"][:, 0], FEW_REAL)
-    authentic = {kind: _authentic(feats, train) for kind, feats in kinds.items()}
+    total = len(train.pixels)
+    labels = np.zeros(total, dtype=int) if train.labels is None else train.labels
+    aside, others = set_aside(labels, rng) if total else (labels, labels)
+    if len(aside) < FEWEST or not len(heldout.pixels) or not len(samples.pixels):
+        few = f"{total} training, {len(heldout.pixels)} held-out and {len(samples.pixels)} generated images"
+        return Section(title="Memorisation", notes=[f"{few} are too few to look for copies"])
+    colormap = detect_colormap(train.pixels)
+    learned = features(train, colormap)
+    among = near_each_other(learned)
+    count = min(len(samples.pixels), MOST_COPIES)
+    kinds = {
+        "value": features(samples, colormap),
+        "real": learned[aside],
+        "worst": copies(learned, count, rng, float(np.median(among.distances[:, 0]))),
+        "other": features(heldout, colormap),
+    }
+    own = {"real": aside}
+    several = min(NEIGHBOURS, total - 1)
+    found = {kind: near(feats, learned, several, own.get(kind)) for kind, feats in kinds.items()}
+    findings, other = _by_distance(found, among, several, seed)
 
-    def finding(name, statistic, columns, **words):
-        numbers = {kind: float(statistic(column)) for kind, column in columns.items()}
-        value = columns["value"]
-        interval = bootstrap_interval(lambda rows: statistic(value[rows]), np.arange(len(value)), seed=seed)
-        return Finding(name=name, interval=interval, **numbers, **words)
+    ends = {kind: kinds[kind] for kind in ("value", "real", "worst")}
+    copied, compared = compare(ends, learned, own=own, seed=seed)
+    about = f"nearness to training images against that of real ones, {compared} of each: 0 if as near, below if copied"
+    numbers = {kind: c.value for kind, c in copied.items()}
+    findings.append(Finding(name="C_T", **numbers, form="{:.1f}", about=about))
 
-    findings = [
-        finding(
-            "nearest training image",
-            lambda d: np.median(d[:, 0]) / usual,
-            near,
-            about="median distance to it, in units of that of held-out real images",
-        ),
-        finding(
-            "too near",
-            lambda d: (d[:, 0] < limit).mean(),
-            near,
-            form="{:.1%}",
-            about=f"share nearer to a training image than {1 - FEW_REAL:.0%} of the held-out real images are",
-        ),
-        finding(
-            "near copies",
-            near_copy_rate,
-            near,
-            form="{:.1%}",
-            about=f"share three times nearer to one training image than to its {among} nearest on average",
-        ),
-        finding(
-            "AuthPct",
-            lambda flags: 100 * flags.mean(),
-            authentic,
-            form="{:.1f}",
-            about="per cent further from the nearest training image than that is from the next one",
-        ),
-    ]
-    placed = dict(zip(kinds, _placed(train, *kinds.values(), seed=seed), strict=True))
-    copied, count = _dealt(placed, rng)
-    about = f"nearness to training images against that of held-out ones, {count} of each: 0 if as near, below if copied"
-    findings.append(Finding(name="C_T", **{k: c.value for k, c in copied.items()}, form="{:.1f}", about=about))
+    small, made, real = (make_small(images, colormap) for images in (train, samples, heldout))
+    all_twins = [find_twins(made, small), find_twins(real, small, most=MOST_REAL)]
+    all_twins.append(find_twins(small.take(aside), small.take(others), most=MOST_REAL))
+    twins, real_twins, aside_twins = (_beyond_sessions(each, all_twins[-1]) for each in all_twins)
+    same_sessions = aside_twins.twin.mean()
+    same = twins.pairs("generated", "training")
+    same = sorted((pair for pair in same if pair.kind != "none"), key=lambda pair: -pair.above)
+    findings.insert(0, _twin_finding(twins, real_twins, seed))
 
-    pairs, real_pairs = closest_pairs(generated, train, PAIRS), closest_pairs(heldout, train, PAIRS)
-    sides = {"generated": (generated_pixels, pairs), "held-out": (heldout_pixels, real_pairs)}
-    nearer = int((near["value"][:, 0] < near["real"][:, 0].min()).sum())
+    pairs, real_pairs = (closest_pairs(kinds[k], learned, found[k], PAIRS) for k in ("value", "real"))
+    sides = {"generated": (samples.pixels, pairs), "real": (train.pixels[aside], real_pairs)}
+    usual = max(float(np.median(found["real"].distances[:, 0])), np.finfo(np.float32).tiny)
+    pictures = {"closest_pairs.png": _sheet(train.pixels, sides, usual)}
+    if same:
+        pictures["copied.png"] = picture(same[:PAIRS], {"generated": samples, "training": train})
+    shown = {f.name: f.shown(other[f.name]) for f in findings if f.name in other}
     return Section(
         title="Memorisation",
         findings=findings,
-        notes=_notes(near, nearer, copied["value"]),
-        pictures={"closest_pairs.png": _sheet(train_pixels, sides, usual)},
-        data={"closest_pairs": {name: column.tolist() for name, column in pairs._asdict().items()}, "nearer": nearer},
+        notes=[
+            *_twin_notes(twins, len(samples.pixels), same_sessions),
+            *_notes(found, copied["value"]),
+            f"real: {len(aside)} training images, each compared with all but itself; held-out images of other sessions"
+            f" score {', '.join(f'{number} ({name})' for name, number in shown.items())}",
+        ],
+        pictures=pictures,
+        data={
+            "closest_pairs": {name: column.tolist() for name, column in pairs._asdict().items()},
+            "nearer": _nearer(found),
+            "twins": [pair._asdict() for pair in same],
+            "twins_same_sessions": float(same_sessions),
+            "other_sessions": other,
+        },
     )
 
 
-def _notes(near: dict[str, np.ndarray], nearer: int, copied: Copying) -> list[str]:
+def _by_distance(found: dict[str, Near], among: Near, several: int, seed: int) -> tuple[list[Finding], dict]:
+    """The findings that look at the nearest training images, and what held-out images score in each."""
+    d = {kind: each.distances for kind, each in found.items()}
+    flags = {kind: authentic(each, among) for kind, each in found.items()}
+    usual = max(float(np.median(d["real"][:, 0])), np.finfo(np.float32).tiny)
+    limit = np.quantile(d["real"][:, 0], FEW_REAL)
+    findings, other = [], {}
+
+    def add(name, statistic, columns, form, about):
+        numbers = {kind: float(statistic(column)) for kind, column in columns.items()}
+        other[name] = numbers.pop("other")
+        value = columns["value"]
+        interval = bootstrap_interval(lambda rows: statistic(value[rows]), np.arange(len(value)), seed=seed)
+        findings.append(Finding(name=name, interval=interval, form=form, about=about, **numbers))
+
+    about = "median distance to it, in units of that of real images of the same sessions"
+    add("nearest training image", lambda d: np.median(d[:, 0]) / usual, d, "{:.3g}", about)
+    about = f"share nearer to a training image than {1 - FEW_REAL:.0%} of the real images of the same sessions are"
+    add("too near", lambda d: (d[:, 0] < limit).mean(), d, "{:.1%}", about)
+    about = f"share three times nearer to one training image than to its {several} nearest on average"
+    add("near copies", near_copy_rate, d, "{:.1%}", about)
+    about = "per cent further from the nearest training image than that is from the next one"
+    add("AuthPct", lambda flags: 100 * flags.mean(), flags, "{:.1f}", about)
+    return findings, other
+
+
+def _beyond_sessions(twins: Found, aside: Found) -> Found:
+    """With borders above 99 % of real images of the same sessions, unless those are twins, as windows overlap."""
+
+    def raised(own, real, limits):
+        border = float(np.quantile(real.alike, 1 - FEW_REAL))
+        return own._replace(border=max(own.border, border)) if border <= limits[1] else own
+
+    return twins._replace(
+        near=raised(twins.near, aside.near, IN_PLACE), shifted=raised(twins.shifted, aside.shifted, SHIFTED)
+    )
+
+
+def _twin_finding(twins: Found, real: Found, seed: int) -> Finding:
+    flags = twins.twin
+    return Finding(
+        name="twins of training images",
+        value=float(flags.mean()),
+        real=float(real.twin.mean()),
+        worst=1.0,
+        interval=bootstrap_interval(lambda rows: flags[rows].mean(), np.arange(len(flags)), seed=seed),
+        form="{:.1%}",
+        about="share that is a training image: the same pixels, nearly so, or moved along time; real are held-out ones",
+    )
+
+
+def _twin_notes(twins: Found, total: int, same_sessions: float) -> list[str]:
+    """How many of which kind; of how many, if not of all; and how alike the training images are among themselves."""
+    counts = {kind: int(is_such.sum()) for kind, is_such in twins.kinds.items()}
+    notes = []
+    if any(counts.values()):
+        said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        notes.append(f"of {len(twins.shown)} generated images these are twins of training images: {said}")
+    if same_sessions:
+        notes.append(f"of real images of the same sessions {same_sessions:.1%} have twins among the training images")
+    if len(twins.shown) < total:
+        notes.append(f"{len(twins.shown)} of {total} generated images were looked at for twins")
+    return notes
+
+
+def _notes(found: dict[str, Near], copied: Copying) -> list[str]:
     """What the numbers do not say: a few copies among many images pass a share or a median."""
-    (ours, n), (real, m) = ((near_copy_rate(near[kind]), len(near[kind])) for kind in ("value", "real"))
+    (ours, n), (real, m) = (
+        (near_copy_rate(found[kind].distances), len(found[kind].distances)) for kind in ("value", "real")
+    )
     notes = [f"the worst are training images moved in the feature space by {NOISE:.0%} of the way to the next one"]
-    if binomtest(round(ours * n), n, max(real, 1 / m)).pvalue < UNLIKELY and ours > real:
+    if ours > real and binomtest(round(ours * n), n, max(real, 1 / m)).pvalue < UNLIKELY:
         notes.append(
-            f"{round(ours * n)} of {n} generated images are near copies, of held-out ones {round(real * m)} of {m}"
+            f"{round(ours * n)} of {n} generated images are near copies, of real ones {round(real * m)} of {m}"
         )
-    if nearer:
-        notes.append(f"{nearer} of {n} generated images are nearer to a training image than any held-out one")
+    nearer = _nearer(found)
+    if nearer and by_chance(nearer, n, m) < UNLIKELY:
+        notes.append(f"{nearer} of {n} generated images are nearer to a training image than any of {m} real ones")
     if copied.value is None:
         notes.append(f"C_T is not measured: {copied.reason}")
     return notes
 
 
-def copies(train, count: int, rng: np.random.Generator) -> np.ndarray:
-    """What copying looks like: `count` training features, moved by a tenth of the usual distance between neighbours."""
-    train = np.asarray(train, dtype=np.float32)
-    size = NOISE * np.median(nearest(train, train, skip=1))
-    noise = rng.standard_normal((count, train.shape[1])) / np.sqrt(train.shape[1])
-    return (train[rng.integers(len(train), size=count)] + size * noise).astype(np.float32)
+def _nearer(found: dict[str, Near]) -> int:
+    """How many generated images are nearer to a training image than any real one."""
+    ours, real = (found[kind].distances[:, 0] for kind in ("value", "real"))
+    return int((ours < real.min()).sum())
+
+
+def by_chance(k: int, n: int, m: int) -> float:
+    """P that the k lowest of n + m numbers, in random order, are all of the n: prod_{i<k} (n - i) / (n + m - i)."""
+    i = np.arange(k)
+    return float(np.exp(np.log((n - i) / (n + m - i)).sum()))
+
+
+def copies(train: np.ndarray, count: int, rng: np.random.Generator, usual: float) -> np.ndarray:
+    """What copying looks like: `count` training features (M, d), moved by a tenth of their usual distance; float32."""
+    made = train[rng.integers(len(train), size=count)].astype(np.float32)
+    size = np.float32(NOISE * usual / np.sqrt(train.shape[1]))
+    for i in range(0, count, BLOCK):
+        made[i : i + BLOCK] += size * rng.standard_normal(made[i : i + BLOCK].shape, dtype=np.float32)
+    return made
 
 
 def _sheet(train_pixels, sides: dict[str, tuple[np.ndarray, Pairs]], usual: float) -> Image.Image:

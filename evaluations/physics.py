@@ -28,7 +28,7 @@ from .statistics import mean_interval
 BLOCK = 2**19  # pixels at a time
 LUMINANCE = "luminance"
 OFF_THE_MAP = 25.0  # mean distance, in 8-bit levels, from which on a picture is not in the colours of a map
-CLIP_DB = 45.0  # what the colours span, where nobody says
+CLIP_DB = 45.0  # what the colours are assumed to span, where nobody says
 NOISE_PERCENTILE, PEAK_PERCENTILE = 25, 99.9  # of a picture's values
 ABOVE_NOISE = 0.15  # of the span of the colours: 7 of 45 dB
 FEWEST_CYCLES, MOST_CYCLES, CYCLE_STEP = 2.0, 24.0, 1 / 8  # steps a picture among which the cadence is looked for
@@ -228,6 +228,7 @@ def physics(
     seed: int,
     axes: Axes | None = None,
     colormap: str | None = None,
+    clip_db: float | None = None,
 ) -> Section:
     """How far generated pictures of each user are from held-out real ones of that user, quantity by quantity.
 
@@ -235,6 +236,7 @@ def physics(
 
     Args:
         axes: None: halves of the band about 0 Hz, and pictures.
+        clip_db: what the colours span; None assumes 45 dB, and a note says so.
     """
     rng = np.random.default_rng(seed)
     colormap = colormap or detect_colormap(train.pixels)
@@ -243,11 +245,16 @@ def physics(
         notes = ["the pictures are in no known colour map: their luminance is measured"]
     if axes is None:
         axes, seen = find_axes(train.pixels, colormap)
-        where = f"where a standing line is seen, {(axes.high / 2):.0%} below the top" if seen else "in the middle"
+        where = f"where a standing line is seen, {(axes.high / 2):.0%} below the top"
+        where = where if seen else "assumed in the middle, as no standing line is seen"
         notes.append(f"Doppler is in halves of the band, 0 Hz {where}; time is in pictures")
+    if clip_db is None:
+        clip_db = CLIP_DB
+        notes.append(f"the colours are assumed to span {clip_db:g} dB")
     shuffled = shuffle_pixels(heldout.pixels, rng)
     sets = {"train": train.pixels, "heldout": heldout.pixels, "samples": samples.pixels, "shuffled": shuffled}
-    measured = {key: measure_physics(pixels, axes=axes, colormap=colormap) for key, pixels in sets.items()}
+    units = {"axes": axes, "colormap": colormap, "clip_db": clip_db}
+    measured = {key: measure_physics(pixels, **units) for key, pixels in sets.items()}
 
     labels = {"train": train.labels, "heldout": heldout.labels, "samples": samples.labels}
     class_names = train.class_names
@@ -264,8 +271,8 @@ def physics(
         column = {key: found[name] for key, found in measured.items()}
         distances = _distances(column, places, users, LEAST.get(name, 1e-6), rng)  # (users, 2 + kinds of worst)
         made, real, *ends = distances.mean(axis=0).tolist()
-        excess = distances[:, 2:] - distances[:, 1:2]
-        kind = next((k for k in range(len(WORST)) if mean_interval(excess[:, k], seed)[0] > 0), len(WORST) - 1)
+        kinds = range(0 if len(users) > 1 else 1, len(WORST))  # one user is nobody's other
+        kind = next((k for k in kinds if _farther(distances[:, 2 + k], distances[:, 1], seed)), len(WORST) - 1)
         unlike[WORST[kind]].append(name)
         interval = mean_interval(distances[:, 0], seed)
         findings.append(
@@ -298,8 +305,17 @@ def physics(
     )
 
 
+def _farther(distances, real, seed: int) -> bool:
+    """Whether distances (users,) are greater than those of real pictures; of two users, twice as great."""
+    interval = mean_interval(distances - real, seed)
+    return interval[0] > 0 if interval else bool((distances > 2 * real).all())
+
+
 def _distances(column, places, users, least: float, rng) -> np.ndarray:
-    """Distances to the held-out pictures of a user: (users, 5) of generated, training, and the three worst ones."""
+    """Distances to the held-out pictures of a user: (users, 5) of generated, training, and the three worst ones.
+
+    Of one user alone the first of the worst has no meaning.
+    """
     unit = max(np.concatenate([column["train"], column["heldout"]]).std(), least)
     found = np.zeros((len(users), 2 + len(WORST)))
     for row, user in enumerate(users):

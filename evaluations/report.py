@@ -65,7 +65,7 @@ class Report:
                 + "".join(f"{cell(form, getattr(scores, key)):>16}" for scores in self.rows.values())
                 for key, form in FORMATS.items()
             ),
-            f"user accuracy: what the judge names right; chance is {about['chance']:.1%}",
+            f"user accuracy: share of all images that the judge names right; chance is {about['chance']:.1%}",
             f"FD_user to coverage: {about['compared']} images against {about['heldout_images']} of other sessions",
             f"feature space: {about['feature_space']}",
             "nearest: median distance to the nearest training image, in units of what held-out real images have",

@@ -195,6 +195,9 @@ def sifting(
     """The share of generated pictures that a user could have made, beside that of held-out real and of broken ones."""
     rng = np.random.default_rng(seed)
     sifter = Sifter.fit(train, method=method, margin=margin, axes=axes)
+    labelled = samples.labels is not None and heldout.labels is not None
+    if not labelled:  # what must suit only somebody is judged so in every set
+        heldout, samples = (images._replace(labels=None, class_names=None) for images in (heldout, samples))
     generated, real = sifter.sift(samples), sifter.sift(heldout)
     broken = {
         "pixels shuffled": heldout._replace(pixels=shuffle_pixels(heldout.pixels, rng)),
@@ -205,23 +208,25 @@ def sifting(
     if heldout.labels is not None and users > 1:
         strangers = (heldout.labels + rng.integers(1, users, len(heldout.labels))) % users
         broken["said to be another user"] = heldout._replace(labels=strangers)
-    controls = {name: float(sifter.sift(images).accepted.mean()) for name, images in broken.items()}
+    controls = {name: float(_rates(images, sifter.sift(images)).mean()) for name, images in broken.items()}
+    rates = _rates(samples, generated)
+    how = "the mean over users" if labelled else "of all"
     kept = Finding(
         name="kept by the sifter",
-        value=float(generated.accepted.mean()),
-        real=float(real.accepted.mean()),
+        value=float(rates.mean()),
+        real=float(_rates(heldout, real).mean()),
         worst=controls["pixels shuffled"],
-        interval=mean_interval(_rates(samples, generated), seed),
+        interval=mean_interval(rates, seed),
         form="{:.1%}",
-        about=f"share of pictures within the borders of their user ({method}); the worst are shuffled pixels",
+        about=f"share of pictures within the borders of their user ({method}), {how}; the worst are shuffled pixels",
     )
     notes = [
         f"held-out pictures are kept at {kept.shown(kept.real)}: what is thrown away beyond that is the generator's"
     ]
     if sifter.colormap == LUMINANCE:
         notes.append("the pictures are in no known colour map: their luminance is sifted")
-    if samples.labels is None:
-        notes.append("the samples are unlabelled: kept is what suits any user")
+    if not labelled:
+        notes.append("not all sets are labelled: kept, of every set, is what suits any user")
     faults = sorted({fault for reason in [*generated.reasons, *real.reasons] for fault in reason.split(", ") if fault})
     counted = [[fault, *(_share(found, fault) for found in (generated, real))] for fault in faults]
     tables = [
@@ -232,12 +237,9 @@ def sifting(
         ),
         Table(title="Why pictures were rejected", header=["reason", "generated", "real, held out"], rows=counted),
     ]
-    if samples.labels is not None:
-        rows = [
-            [train.class_names[user] if train.class_names else str(user), f"{generated.accepted[is_user].mean():.0%}"]
-            for user in np.unique(samples.labels)
-            for is_user in [samples.labels == user]
-        ]
+    if labelled:
+        users = [train.class_names[user] if train.class_names else str(user) for user in np.unique(samples.labels)]
+        rows = [[user, f"{rate:.0%}"] for user, rate in zip(users, rates, strict=True)]
         tables.append(Table(title="Kept of each user", header=["user", "generated"], rows=rows))
     data = {"controls": controls, "accepted": generated.accepted.tolist(), "reasons": generated.reasons}
     return Section(title="Kinematic sifting", findings=[kept], tables=tables, notes=notes, data=data)

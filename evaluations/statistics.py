@@ -1,4 +1,4 @@
-"""Distances between two clouds of features, each a matrix (N, d), and what one cloud says of itself.
+"""Distances between two clouds of features, each a matrix (N, d), and intervals of what is measured.
 
 Frechet distance of the Gaussians with the clouds' means and covariances:
 
@@ -24,6 +24,7 @@ from scipy.linalg.lapack import dpstrf
 
 BLOCK = 1024  # rows at a time
 SUBSET = 1000  # most rows of a subset of the kernel distance
+FEWEST = 3  # users that an interval can be drawn from
 DOUBT = 1e-8  # share of a nuclear norm that rounding may make up
 
 
@@ -180,28 +181,6 @@ def subset_size(n: int, m: int) -> int:
     return min(SUBSET, max(2, min(n, m) // 2))
 
 
-def vendi_score(features) -> float:
-    """How many different images there seem to be: from 1, all alike, to N, all at right angles.
-
-    exp(- sum_k lambda_k log lambda_k), lambda: eigenvalues of K / N, K_ij the cosine of x_i and x_j. Cosines are about
-    the origin; centre the features first where they share a large mean.
-
-    Source:
-        Friedman and Dieng 2023, definition 3.1.
-    """
-    features = np.asarray(features, dtype=np.float64)
-    lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = features / np.maximum(lengths, np.finfo(np.float64).tiny)
-    gram = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
-    return float(np.exp(_entropy(np.linalg.eigvalsh(gram / len(unit)))))
-
-
-def vendi_scores(features, labels) -> dict[int, float]:
-    """Class -> Vendi score of its features: the variety within each user."""
-    features, labels = np.asarray(features), np.asarray(labels)
-    return {int(label): vendi_score(features[labels == label]) for label in np.unique(labels)}
-
-
 def classifier_inception_score(probabilities) -> float:
     """exp mean_i KL(p_i || mean p), from class probabilities (N, K): between 1 and K; a probability of 0 adds 0.
 
@@ -222,15 +201,18 @@ def bootstrap_interval(
         groups: the group of each row, (N,); `np.arange(N)` if every row is its own.
     """
     rng = np.random.default_rng(seed)
-    rows = [np.flatnonzero(np.asarray(groups) == group) for group in np.unique(groups)]
+    _, first = np.unique(np.sort(groups), return_index=True)
+    rows = np.split(np.argsort(groups, kind="stable"), first[1:])
     values = [fn(np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])) for _ in range(rounds)]
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def mean_interval(values, seed: int) -> tuple[float, float]:
-    """95 % of the mean of values (users,), by drawing the users anew."""
+def mean_interval(values, seed: int) -> tuple[float, float] | None:
+    """95 % of the mean of values (users,), by drawing the users anew; None of fewer than three, who say too little."""
     values = np.asarray(values)
+    if len(values) < FEWEST:
+        return None
     return bootstrap_interval(lambda rows: values[rows].mean(), np.arange(len(values)), seed=seed, rounds=1000)
 
 

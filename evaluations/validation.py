@@ -5,13 +5,19 @@ ones do (statistics)? Could a walking body have made them (physics, sifting)? Ar
 the answers worth anything, or do the real sets share sessions (leaks)?
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from guided_diffusion_vae.config import UserError, refuse_below
 
 from .classifier_tests import classifier_tests
 from .findings import Finding, Section, Table
+from .html import write_report
 from .image_sets import ImageSet
 from .leaks import leak_report
 from .measure import EvaluationConfig, evaluate, refuse_too_few
@@ -19,16 +25,20 @@ from .memorization import memorization
 from .metric_learning import DEFAULT_LOSS, LOSSES
 from .physics import physics
 from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report
-from .sifting import METHODS, sifting
-from .user_classifier import to_input
-from .verification import verify
+from .sifting import METHODS, Sifted, Sifter, sifting, write_accept_list
+from .verification import _split_users, verify
+
+TITLE = "Generated spectrograms, validated"
+MADE = ("accepted.csv", "closest_pairs.png", "confusion.png", "copied.png", "twins.png")  # by some parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(EvaluationConfig):
     """What is asked, and how often."""
 
-    parts: str = "all"  # some of classifier,verification,statistics,physics,sifting,memorisation,leaks
+    parts: tuple = ("all",)  # of classifier,verification,statistics,physics,sifting,memorisation,leaks; or all
+    out_dir: str = ""  # where report.html, report.json, pictures and accepted.csv go; empty: validation/ by the samples
+    judge_epochs: int = 20  # passes over the real training images, of every classifier and of the embedding
     seeds: int = 3  # classifiers a test
     embedding_loss: str = DEFAULT_LOSS  # of the verification: contrastive, triplet or arcface
     open_set_users: int = 5  # users that the verification's embedding never learns from
@@ -42,35 +52,78 @@ class ValidationConfig(EvaluationConfig):
             raise UserError(f"--embedding_loss is {self.embedding_loss!r}; choose {', '.join(LOSSES)}")
         if self.sift_method not in METHODS:
             raise UserError(f"--sift_method is {self.sift_method!r}; choose {', '.join(METHODS)}")
-        unknown = [part for part in self.chosen if part not in PARTS]
-        if unknown:
-            raise UserError(f"--parts has {unknown[0]!r}; choose of {', '.join(PARTS)}, or all")
+        unknown = [part for part in self.parts if part not in PARTS and part != "all"]
+        if unknown or not self.parts:
+            what = f"has {unknown[0]!r}" if unknown else "is empty"
+            raise UserError(f"--parts {what}; choose of {', '.join(PARTS)}, or all")
 
     @property
     def chosen(self) -> list[str]:
-        """The names of the parts that are asked for."""
-        return list(PARTS) if self.parts == "all" else [part.strip() for part in self.parts.split(",")]
+        """The names of the parts that are asked for, each once, in the order of the report."""
+        return [part for part in PARTS if part in self.parts or "all" in self.parts]
 
 
 def validate(
-    train: ImageSet, heldout: ImageSet, samples: ImageSet, config: ValidationConfig, *, progress=False, say=print
+    train: ImageSet,
+    heldout: ImageSet,
+    samples: ImageSet,
+    config: ValidationConfig,
+    *,
+    progress=False,
+    say=print,
+    keep=lambda sections: None,
 ) -> dict[str, Section]:
     """Every chosen part under its name, and before them all what they say in short.
 
     Args:
         train, heldout, samples: see `measure.evaluate`.
         say: told every section as soon as it is there.
+        keep: given all that is there, in short before it, after every part, so that a later fault loses nothing.
     Raises:
-        UserError: too few users or images.
+        UserError: too few users or images, before anything is learned.
     """
-    refuse_too_few(train, heldout, len(samples.pixels))
-    sections = {}
+    refuse_at_the_start(train, heldout, samples, config)
+    sections, found = {}, {}
     for part in config.chosen:
         sections[part] = PARTS[part](train, heldout, samples, config, progress)
         say(str(sections[part]))
-    short = in_short(list(sections.values()))
-    say(str(short))
-    return {"in short": short, **sections}
+        lacking = [name for name in config.chosen if name not in sections]
+        found = {"in short": in_short(list(sections.values()), lacking), **sections}
+        keep(found)
+    say(str(found["in short"]))
+    return found
+
+
+def write_validation(folder, sections: dict[str, Section], samples: ImageSet, about: dict[str, Any]) -> list[Path]:
+    """Write the report, its pictures and the sifter's accepted.csv; of a former report no such file is left.
+
+    Returns:
+        all that was written.
+    """
+    folder, pictures = Path(folder), [name for section in sections.values() for name in section.pictures]
+    page = write_report(folder, TITLE, list(sections.values()), about)
+    written = [page, folder / "report.json", *(folder / name for name in pictures)]
+    if "sifting" in sections:
+        sifted = Sifted(*(sections["sifting"].data[key] for key in Sifted._fields))
+        written.append(folder / "accepted.csv")
+        write_accept_list(written[-1], samples.files or range(len(samples.pixels)), sifted)
+    for path in (folder / name for name in MADE):
+        if path not in written:
+            path.unlink(missing_ok=True)
+    return written
+
+
+def refuse_at_the_start(train: ImageSet, heldout: ImageSet, samples: ImageSet, config: ValidationConfig) -> None:
+    """What the chosen parts would find out only after others have learned for minutes.
+
+    Raises:
+        UserError: names the flag.
+    """
+    refuse_too_few(train, heldout, len(samples.pixels))
+    if "verification" in config.chosen and samples.labels is not None:
+        _split_users(len(train.class_names), config.open_set_users, np.random.default_rng(config.seed))
+    if "sifting" in config.chosen and config.sift_method == "hull":
+        Sifter.fit(train, method="hull")
 
 
 def statistics_section(report: Report) -> Section:
@@ -125,8 +178,7 @@ def _sifting(train, heldout, samples, config, progress) -> Section:
 
 
 def _memorisation(train, heldout, samples, config, progress) -> Section:
-    pixels = [images.pixels for images in (train, heldout, samples)]
-    return memorization(*(to_input(p).flatten(1).numpy() for p in pixels), *pixels, seed=config.seed)
+    return memorization(train, heldout, samples, seed=config.seed)
 
 
 def _leaks(train, heldout, samples, config, progress) -> Section:
@@ -143,47 +195,89 @@ PARTS: dict[str, Callable[..., Section]] = {
     "memorisation": _memorisation,
     "leaks": _leaks,
 }
-QUESTIONS = {  # a finding's name -> what it answers
-    "TRTS": "Do they show the right person?",
-    "AUC, closed set": "Do they pass for that person?",
-    "TSTR": "Do they vary as that person's walks do?",
-    "gain": "Does it help to learn from them besides the real ones?",
-    "FD_user": "Are they spread as real images are?",
-    "kept by the sifter": "Could a walking body have made them?",
-    "near copies": "Are they no copies?",
+QUESTIONS = {  # what is asked -> the findings that answer it; the one in the worst place is quoted
+    "Do they show the right person?": ("TRTS",),
+    "Do they pass for that person?": ("AUC, closed set",),
+    "Do they vary as that person's walks do?": ("TSTR",),
+    "Does it help to learn from them besides the real ones?": ("gain",),
+    "Are they spread as real images are?": ("FD_user",),
+    "Could a walking body have made them?": ("kept by the sifter",),
+    "Are they no copies?": ("near copies", "twins of training images"),
 }
-TARGETS = (  # what users asked for: name, what it says, whether it is met by (value, floor)
-    ("TRTS", "above 80 %", lambda value, floor: value > 0.8),
-    ("IS_user", "above 2", lambda value, floor: value > 2),
-    ("FD_user", "below 50", lambda value, floor: value < 50),
-    ("FD_user", "below twice its floor", lambda value, floor: floor is not None and value < 2 * floor),
+FD_TARGET = 50
+
+
+class Target(NamedTuple):
+    """What users asked for: of which finding, in words, and whether it is met by (finding, its floor)."""
+
+    name: str
+    words: str
+    met: Callable[[Finding, float | None], bool]
+    beside: Callable[[Finding, float | None], str] = lambda finding, floor: ""  # what the target is worth
+
+
+def _below_noise(fd: Finding, floor) -> bool:
+    return fd.value < FD_TARGET and fd.worst is not None and fd.value < fd.worst
+
+
+def _noise(fd: Finding, floor) -> str:
+    """Distances have no unit: what counts as near depends on the classifier that made the features."""
+    if fd.worst is None:
+        return "what shuffled pixels score is not known, so it does not count as met"
+    if fd.worst < FD_TARGET:
+        return f"{FD_TARGET} says little on this scale: shuffled pixels score {fd.shown(fd.worst)}"
+    return f"shuffled pixels score {fd.shown(fd.worst)}"
+
+
+def _floor(fd: Finding, floor) -> str:
+    return "its floor is not known" if floor is None else f"the floor is {fd.shown(floor)}"
+
+
+TARGETS = (
+    Target("TRTS", "above 80 %", lambda trts, floor: trts.value > 0.8),
+    Target("IS_user", "above 2", lambda score, floor: score.value > 2),
+    Target("FD_user", f"below {FD_TARGET}", _below_noise, _noise),
+    Target("FD_user", "below twice its floor", lambda fd, floor: floor is not None and fd.value < 2 * floor, _floor),
 )
 
 
 def _gain(finding: Finding) -> str:
     """A gain is seen where its interval leaves 0 out."""
+    if finding.interval is None:
+        return "too few users for an interval"
     low, high = finding.interval
     return "it helps" if low > 0 else "it harms" if high < 0 else "no difference is seen"
 
 
-def in_short(sections: list[Section]) -> Section:
-    """A line for each question, and whether the targets are met, from the sections that are there."""
+def _answer(found: dict[str, Finding], names) -> Finding | None:
+    """The finding in the worst place of those that were measured."""
+    measured = [found[name] for name in names if name in found and found[name].value is not None]
+    return min(measured, key=lambda f: math.inf if f.place is None else f.place, default=None)
+
+
+def in_short(sections: list[Section], lacking=()) -> Section:
+    """A line for each question, and whether the targets are met, from the sections that are there.
+
+    Args:
+        lacking: names of parts that are asked for and not there yet.
+    """
     found = {finding.name: finding for section in sections for finding in section.findings}
     floor = next((s.data["FD_user_floor"] for s in sections if "FD_user_floor" in s.data), None)
     answers = [
-        [question, name, f.shown(f.value), f.shown(f.real), f.shown(f.worst), _gain(f) if name == "gain" else f.verdict]
-        for name, question in QUESTIONS.items()
-        if (f := found.get(name)) and f.value is not None
+        [question, f.name, *map(f.shown, (f.value, f.real, f.worst)), _gain(f) if f.name == "gain" else f.verdict]
+        for question, names in QUESTIONS.items()
+        if (f := _answer(found, names))
     ]
     targets = [
-        [f"{name} {what}", found[name].shown(found[name].value), "met" if met(found[name].value, floor) else "not met"]
-        for name, what, met in TARGETS
-        if name in found and found[name].value is not None
+        [f"{t.name} {t.words}", f.shown(f.value), "met" if t.met(f, floor) else "not met", t.beside(f, floor)]
+        for t in TARGETS
+        if (f := _answer(found, [t.name]))
     ]
     tables = [
         Table(title="answers", header=["question", "number", "value", "real", "worst", "verdict"], rows=answers),
-        Table(title="targets", header=["target", "value", ""], rows=targets),
+        Table(title="targets", header=["target", "value", "", ""], rows=targets),
     ]
-    notes = [f"{row[0]} {row[5]} ({row[1]} {row[2]}; real images {row[3]}, the worst {row[4]})" for row in answers]
-    notes += [f"target {row[0]}: {row[1]}, {row[2]}" for row in targets]
+    notes = [f"unfinished: {', '.join(lacking)} not there yet"] if lacking else []
+    notes += [f"{row[0]} {row[5]} ({row[1]} {row[2]}; real images {row[3]}, the worst {row[4]})" for row in answers]
+    notes += [f"target {row[0]}: {', '.join(row[1:3])}" + (f"; {row[3]}" if row[3] else "") for row in targets]
     return Section(title="In short", tables=[table for table in tables if table.rows], notes=notes)

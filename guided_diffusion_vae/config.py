@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import tokenize
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,10 @@ def field_defaults(*sections) -> dict[str, Any]:
 
 
 def field_help(section) -> dict[str, str]:
-    """Flag name -> the comment that stands on the field's line, or directly above it."""
-    notes, above = {}, []
+    """Flag name -> the comment that stands on the field's line, or directly above it; also of what is inherited."""
+    above, notes = [], {}
+    for parent in filter(is_dataclass, section.__bases__):
+        notes |= field_help(parent)
     try:
         source = inspect.getsource(section)
     except OSError:  # a frozen application ships no source; help texts are all that is lost

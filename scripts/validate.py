@@ -3,15 +3,15 @@
     python scripts/validate.py --real_dir DATA/train --heldout_dir DATA/test --samples runs/one/samples
 
 Asks everything that evaluate_samples.py asks in short, several times over and with intervals. No download: all judges
-learn here from the real images. Prints the findings; writes report.html, report.json and pictures.
+learn here from the real images. Prints the findings; writes report.html, report.json, pictures and the sifter's
+accepted.csv, anew after every part.
 """
 
 from pathlib import Path
 
-from evaluations.html import write_report
+from evaluations.html import refuse_unwritable
 from evaluations.image_sets import beside, read_real, read_samples, renumber
-from evaluations.sifting import Sifted, write_accept_list
-from evaluations.validation import ValidationConfig, validate
+from evaluations.validation import ValidationConfig, validate, write_validation
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 
@@ -23,16 +23,17 @@ def main(argv=None):
         return
     skip = {"skip_bad_images": run.skip_bad_images}
     samples = read_samples(run.samples, **skip)
+    out = Path(run.out_dir or beside(run.samples, "validation"))
+    refuse_unwritable(out / "report.html", "--out_dir")
     train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
     samples = renumber(samples, train.class_names, "--samples")
+    written = []
 
-    sections = validate(train, heldout, samples, run.section(ValidationConfig), progress=True)
-    out = Path(run.out_dir or beside(run.samples, "validation"))
-    page = write_report(out, "Generated spectrograms, validated", list(sections.values()), run.as_dict())
-    if "sifting" in sections:
-        sifted = Sifted(*(sections["sifting"].data[key] for key in Sifted._fields))
-        write_accept_list(out / "accepted.csv", samples.files or range(len(samples.pixels)), sifted)
-    print(f"written: {page}, with report.json, pictures and the sifter's accepted.csv beside it")
+    def keep(sections):
+        written[:] = write_validation(out, sections, samples, run.as_dict())
+
+    validate(train, heldout, samples, run.section(ValidationConfig), progress=True, keep=keep)
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

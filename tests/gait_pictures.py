@@ -1,6 +1,7 @@
 """Pictures of gait whose truth is known: bands drawn by hand, and a few walkers of the simulator."""
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from evaluations.image_sets import ImageSet
 from guided_diffusion_vae.data import microdoppler
@@ -20,6 +21,17 @@ def line(mean, swing, steps, width=64, phase=0.0):
     """A Doppler line (width,) that swings so many times, with a second harmonic that tells time from reversed time."""
     turns = 2 * np.pi * (steps * (np.arange(width) + 0.5) / width + phase)
     return mean + swing * (np.sin(turns) - 0.35 * np.sin(2 * turns))
+
+
+def recordings(count, seed, length=128):
+    """Values (count, 64, length) with grain: what a recording has, and no other."""
+    fields = np.random.default_rng(seed).normal(size=(count, 64, length))
+    return np.stack([gaussian_filter(field, (2, 1.2)) for field in fields]) * 4
+
+
+def window(values, start=0, gain=0.0):
+    """64 columns of recordings, from `start`: uint8 (count, 64, 64, 3)."""
+    return colours_from_unit(np.clip(values[:, :, start : start + 64] + gain, -1, 1), "jet")
 
 
 def walks(each, seed, users=4, labels=True):

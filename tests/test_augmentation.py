@@ -13,7 +13,7 @@ from PIL import Image
 from evaluations import augmentation, study
 from evaluations.augmentation import AugmentationConfig, arms, augmentation_study, masked, rolled
 from evaluations.image_sets import ImageSet
-from evaluations.study import ALONE, ARMS, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
+from evaluations.study import ALONE, ARMS, CONTROLS, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
 from evaluations.user_classifier import BATCH, Judgement, train_user_classifier
 from guided_diffusion_vae.config import UserError
 
@@ -59,23 +59,28 @@ def test_samples_of_other_ways_to_walk_help_where_real_ones_are_few():
     found = augmentation_study(walks(0), walks(1), walks(2), ks=(1, 8), seeds=3)
     few, many = found.gains
     assert found.means(1, GENERATED).tolist() == [1, 1, 1] == found.means(1, ALONE).tolist()
-    assert few.shown == 1 and few.gain == pytest.approx(1 - found.means(1, few.control).mean()) and few.gain > 0.3
-    assert many.shown == 0 == many.gain and many.more_real is None
-    assert found.verdict == "generated images help beyond the best control at k = 1"
+    assert few.shown == 1 and list(few.over) == list(CONTROLS)
+    for control, over in few.over.items():
+        assert over.gain == pytest.approx(1 - found.means(1, control).mean()) and over.gain > 0.3
+    assert many.shown == 0 and {(over.gain, over.more_real) for over in many.over.values()} == {(0, None)}
+    assert found.verdict == "generated images help beyond every control at k = 1"
     assert any("has seen 8 images a user or more" in note for note in found.notes)
 
 
 def test_more_real_images_are_what_samples_are_worth():
     found = augmentation_study(walks(0, each=16), walks(1), walks(2), ks=(2,), per_user=8, seeds=2)
     assert found.means(2, MORE).mean() > 0.95
-    gain = found.section().findings[0]
-    assert gain.real == pytest.approx(found.gains[0].more_real) and gain.worst == 0 and gain.place > 0.9
+    findings = found.section().findings
+    assert [finding.name for finding in findings] == [f"k = 2, over {control}" for control in CONTROLS]
+    for gain, control in zip(findings, CONTROLS, strict=True):
+        assert gain.real == pytest.approx(found.means(2, MORE).mean() - found.means(2, control).mean())
+        assert gain.worst == 0 and gain.place > 0.9
 
 
 def test_noise_does_not_help_nor_do_samples_of_the_wrong_users():
     for samples in (noise(8), walks(2)._replace(labels=(walks(2).labels + 1) % USERS)):
         found = augmentation_study(walks(0), walks(1), samples, ks=(4,), seeds=3)
-        assert found.gains[0].gain <= 0 and found.gains[0].shown <= 0
+        assert found.gains[0].over[REAL].gain <= 0 and found.gains[0].shown <= 0
         assert found.means(4, ALONE).mean() < 0.45
         assert found.verdict.startswith("generated images are not shown to help")
 
@@ -148,22 +153,47 @@ def test_the_interval_is_students():
     assert study.interval_over_seeds(np.array([1.0])) is None
 
 
-def test_the_best_control_is_the_one_to_beat_and_seeds_are_paired():
-    """Seeds differ by more than the gain, but alike in all arms."""
+def study_of(**arm):
+    """Three seeds that differ by more than the arms, but alike in all; the generated arm varies by 0.01 besides."""
     luck = np.array([[0.1], [0.3], [0.5]])
-    arm = {REAL: 0.1, DUPLICATES: 0.0, SHIFTED: 0.15, MASKED: 0.05, GENERATED: 0.2, ALONE: 0.0}
-    noisy = {name: luck + value + np.zeros((3, 2)) for name, value in arm.items()}
+    names = {"real": REAL, "duplicates": DUPLICATES, "shifted": SHIFTED, "masked": MASKED, "generated": GENERATED}
+    noisy = {names[name]: luck + value + np.zeros((3, 2)) for name, value in arm.items()}
     noisy[GENERATED] += np.array([[-0.01], [0.0], [0.01]])
     about = {"real_per_user": 9, "generated_per_user": 2, "steps": {1: 5}, "augmented": True, "seeds": 3}
-    gain = Study(accuracy={1: noisy}, users=["a", "b"], about=about).gains[0]
-    assert gain.control == SHIFTED and gain.gain == pytest.approx(0.05) and gain.shown == 1
-    assert gain.interval[1] - 0.05 == pytest.approx(0.01 * 4.302653 / 3**0.5)
-    assert "help beyond the best control (+ time-shifted): +5.0 points, 95 % interval +2.5 to +7.5" in str(gain)
+    return Study(accuracy={1: noisy}, users=["a", "b"], about=about)
+
+
+def test_seeds_are_paired_and_every_control_is_to_be_beaten():
+    found = study_of(real=0.1, duplicates=0.0, shifted=0.15, masked=0.05, generated=0.2)
+    (gain,) = found.gains
+    assert gain.shown == 1
+    assert {name: over.gain for name, over in gain.over.items()} == pytest.approx(
+        {REAL: 0.1, DUPLICATES: 0.2, SHIFTED: 0.05, MASKED: 0.15}
+    )
+    half = 0.01 * 4.302653 / 3**0.5
+    assert all(over.interval == pytest.approx((over.gain - half, over.gain + half)) for over in gain.over.values())
+    assert "help; points gained: +10.0 (+7.5 to +12.5) over k real alone, +20.0" in str(gain)
+
+
+def test_a_lucky_control_takes_no_help_away_and_makes_no_harm():
+    """Below one control: no help, whatever the others; and no harm as long as k real images alone are not better."""
+    (gain,) = study_of(real=0.1, duplicates=0.1, shifted=0.25, masked=0.1, generated=0.2).gains
+    assert gain.over[SHIFTED].interval[1] < 0 < gain.over[REAL].interval[0] and gain.shown == 0
+    (gain,) = study_of(real=0.1, duplicates=0.1, shifted=0.195, masked=0.1, generated=0.2).gains
+    assert gain.over[SHIFTED].gain > 0 > gain.over[SHIFTED].interval[0] and gain.shown == 0
+
+
+def test_below_real_images_alone_is_harm():
+    found = study_of(real=0.3, duplicates=0.0, shifted=0.0, masked=0.0, generated=0.2)
+    assert found.gains[0].shown == -1
+    assert found.verdict.endswith("not shown to help at any k, and harm, below k real alone, at k = 1")
+    assert "help: the whole interval above 0 over every control; harm: below 0 over k real images alone" in found.notes
 
 
 def test_one_seed_has_no_verdict():
     found = augmentation_study(walks(0), walks(1), walks(2), ks=(1,), seeds=1)
-    assert found.gains[0].interval is None and found.gains[0].shown == 0
+    assert found.gains[0].over[REAL].interval is None and found.gains[0].shown == 0
+    assert "one seed, no interval" in str(found.gains[0])
     assert "one seed: no intervals, and no verdict" in found.notes
 
 
@@ -172,6 +202,7 @@ def test_users_who_are_not_held_out_do_not_count(tmp_path):
     assert found.means(1, GENERATED).tolist() == [1, 1]
     found.save(tmp_path)
     saved = json.loads((tmp_path / "study.json").read_text())
+    assert list(saved["gains"][0]["over"][REAL]) == ["gain", "interval", "more_real"]
     assert saved["accuracy_per_user"]["1"][GENERATED] == [1, 1, 1, None]
 
 
@@ -215,6 +246,18 @@ def test_more_than_there_is_is_refused():
         with pytest.raises(UserError, match=wanted):
             augmentation_study(*sets, **{"ks": (1,), **options})
     assert not lessons
+
+
+def test_training_pictures_are_no_held_out_ones():
+    """All: refused. Some: said."""
+    with pytest.raises(UserError, match="--heldout_dir holds training images only, pixel for pixel"):
+        augmentation_study(walks(0), walks(0).take(np.arange(6)), walks(2), ks=(1,))
+    assert not lessons
+    mixed = walks(1)._replace(pixels=np.concatenate([walks(1).pixels[:-3], walks(0).pixels[-3:]]))
+    found = augmentation_study(walks(0), mixed, walks(2), ks=(1,), seeds=1)
+    assert any(note.startswith("3 of 32 held-out images are also training images") for note in found.notes)
+    apart = augmentation_study(walks(0), walks(1), walks(2), ks=(1,), seeds=1)
+    assert not any("also training images" in note for note in apart.notes)
 
 
 def test_the_numbers_of_images_are_read_as_words():

@@ -152,6 +152,22 @@ def test_the_interval_is_that_of_a_binomial():
     assert low < right.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.0229, rel=0.15)
 
 
+def test_two_users_tell_nothing_of_others():
+    """No interval from fewer than three users, also where a third has no answers."""
+    rng = np.random.default_rng(0)
+    assert interval_of(np.array([[0.2, 0.8]]), rng) is None
+    assert interval_of(np.array([[0.2, 0.8, np.nan]]), rng) is None
+    assert interval_of(np.array([[0.2, 0.8, 0.5]]), rng) == pytest.approx((0.2, 0.8))
+
+
+def test_a_section_of_two_users_has_no_intervals_and_says_so(by_neighbours):
+    three = [walks(seed, each=20) for seed in range(3)]
+    two = [images.take(images.labels < 2)._replace(class_names=NAMES[:2]) for images in three]
+    found, section = found_in(*two)
+    assert not any(finding.interval for finding in found.values()) and found["TRTS"].value == 1
+    assert any("neither helps nor harms beyond chance: +0.0%, too few users" in note for note in section.notes)
+
+
 def test_the_shortcut_knows_the_brightness_of_a_user_but_no_pattern():
     """Brightness apart by ten deviations is always told; patterns of equal brightness never."""
     rng, users = np.random.RandomState(0), np.repeat(np.arange(3), 40)

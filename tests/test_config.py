@@ -126,3 +126,13 @@ def test_dry_run_prints_the_resolved_run_and_stops(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
     assert printed["lr"] == 0.5 and printed["diffusion_steps"] == 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child(Toy):
+    deeper: int = 1  # the child's own
+
+
+def test_help_of_inherited_fields():
+    assert config.field_help(Child) == config.field_help(Toy) | {"deeper": "the child's own"}
+    assert config.field_help(Toy)["flip"] == "stands above its field"

@@ -18,7 +18,7 @@ from PIL import Image
 from evaluations import evaluator, official
 from evaluations.batches import ArrayBatch, NpzBatch, open_batch
 from evaluations.features import FeatureSpace
-from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 PROGRESS = [
@@ -137,6 +137,39 @@ def test_half_precision_is_warned_of_where_it_misleads(run):
     assert max(abs(numbers[name] - wanted[name]) for name in ("Precision", "Recall")) > 0.01
 
 
+def test_numbers_of_unchecked_weights_are_called_otherwise(run):
+    """The same arithmetic; but nobody takes the numbers for FID, nor the stored statistics for those of the weights."""
+    checked, _ = run(golden_space())
+    stats = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(30), "sigma_s": np.eye(30)}
+    lines, captured = run(golden_space()._replace(name="inception-unchecked"), stats=stats)
+    end = "_inception-unchecked"
+    assert [line.split(":")[0] for line in lines[6:11]] == [
+        f"{n}{end}" for n in ("IS", "FD", "sFD", "Precision", "Recall")
+    ]
+    assert [line.split(": ")[1] for line in lines[6:11]] == [line.split(": ")[1] for line in checked[6:11]]
+    assert [line.split(": ")[1] for line in lines[11:]] == [line.split(": ")[1] for line in checked[11:]]
+    assert not any(re.match("FID|sFID|Inception|Precision:|Recall:|KID:", line) for line in lines)
+    assert "which inception-unchecked features have no use for" in captured.err
+
+
+def test_stored_statistics_need_no_images_for_their_rank(run):
+    """Of 500 dimensions: the reference's covariance is stored, so that the sample alone is too few; or none is."""
+    wide = np.random.RandomState(0).randn(64, 500).astype(np.float32)
+    space = golden_space()
+    widened = lambda batch: {k: v @ wide if k == "pool" else v for k, v in space.extract(batch).items()}  # noqa: E731
+    weight = np.zeros((500, golden("evaluator_features.npz")["softmax_weights"].shape[1]), np.float32)
+    spatial = golden("evaluator_features.npz")["ref_spatial"].shape[1]
+    stats = {"mu": np.zeros(500), "sigma": np.eye(500), "mu_s": np.zeros(spatial), "sigma_s": np.eye(spatial)}
+    _, captured = run(space._replace(extract=widened, class_weight=weight), stats=stats)
+    assert "FID of 350 images in 500 dimensions" in captured.err and "400" not in captured.err
+    numbers, both = {}, {"stats": None}
+    x = cloud(40, 0)
+    _, notes = evaluator.beyond(FeatureSpace("vae", "", dict), numbers, {"pool": x} | both, {"pool": x} | both, seed=0)
+    assert not notes
+    _, notes = evaluator.beyond(FeatureSpace("vae", "", dict), numbers, {"pool": x}, {"pool": x}, seed=0)
+    assert "FD_vae of 40 and 40 images in 64 dimensions" in notes[0]
+
+
 def test_a_nan_score_is_explained_and_null_in_json(run, tmp_path):
     space = golden_space()
     space = space._replace(class_weight=space.class_weight * 1000)
@@ -174,6 +207,26 @@ def test_equal_clouds_are_at_the_floor_and_shifted_ones_are_not():
     section, lines = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1, 5.0), cloud(200, 2, 5.0), seed=0)
     assert float(lines["FD_vae / floor"]) > 100
     assert all(finding.verdict == "no better than the worst" for finding in section.findings)
+
+
+@pytest.mark.parametrize("count, words", [(200, "pixels are shuffled."), (150, "shuffled, only 150 of them: as few")])
+def test_how_many_are_the_worst_is_said(count, words):
+    space = FeatureSpace("vae", "", dict)
+    section, _ = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1), cloud(count, 2), seed=0)
+    assert words in section.notes[-1]
+
+
+def test_the_score_of_users_stands_beside_that_of_real_images():
+    """Named surely and alike: as many as users; of one user alone: 1. What the judge learned from does not count."""
+    sure, one = np.eye(4)[np.arange(12) % 4], np.tile(np.eye(4)[0], (12, 1))
+    learned = np.arange(24) < 12
+    space = FeatureSpace("user", "", dict, learned=learned)
+    ref = {"pool": cloud(24, 0), "probabilities": np.concatenate([one, sure])}
+    score, distance = evaluator.as_findings(
+        space, {"IS_user": 1.0, "FD_user": math.inf}, ref, {"pool": cloud(12, 1), "probabilities": one}
+    )
+    assert (score.value, score.worst) == (1, 1) and score.real == pytest.approx(4) and score.place == 0
+    assert distance.value is None and distance.real is None
 
 
 def test_images_that_the_judge_learned_from_are_not_compared():
@@ -257,16 +310,30 @@ def test_the_command_runs_with_inception(tmp_path, random_inception):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:6] == PROGRESS
-    assert [line.split(":")[0] for line in lines[6:11]] == FIVE
+    end = "_inception-unchecked"
+    assert [line.split(":")[0] for line in lines[6:11]] == [
+        f"{n}{end}" for n in ("IS", "FD", "sFD", "Precision", "Recall")
+    ]
     assert all(math.isfinite(value) for value in numbers_of(lines[6:11]).values())
+    assert done.stderr.count("are unchecked") == 1
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert len(written) == 2
 
     same = command(ref, ref, *flags, module=True)
     numbers = numbers_of(same.stdout.splitlines()[6:11])
-    assert abs(numbers["FID"]) < 1e-3 and (numbers["Precision"], numbers["Recall"]) == (1, 1)
+    assert abs(numbers[f"FD{end}"]) < 1e-3 and (numbers[f"Precision{end}"], numbers[f"Recall{end}"]) == (1, 1)
     assert "the same file" in same.stderr
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}  # read, not made
+
+
+def test_unchecked_weights_are_warned_of_once(tmp_path, random_inception, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "inception_space", lambda path, **options: options["check"])
+    for flag, words in (("True", []), ("False", ["random.pth are unchecked: no number is called FID"])):
+        flags = ["--inception_weights", str(random_inception), "--check_weights", flag]
+        run = parse_run(create_argparser(evaluator.EvaluatorConfig), flags)
+        assert evaluator.choose_space(run, ArrayBatch(pixels(8))) is (flag == "True")
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
 
 
 def test_weights_are_checked_unless_told_otherwise(tmp_path, random_inception):
@@ -297,6 +364,12 @@ BAD = {
     "grey": ({"arr_0": GOOD[..., 0]}, "grey; give --grey_to_rgb True"),
     "grey with an axis": ({"arr_0": GOOD[..., :1]}, "grey; give --grey_to_rgb True"),
     "alpha": ({"arr_0": np.concatenate([GOOD, GOOD[..., :1]], axis=3)}, r"RGB with alpha; .*x\[..., :3\]"),
+    "zeros and ones": ({"arr_0": GOOD // 128}, r"uint8 from 0 to 1; .*cast from floats in \[0, 1\].*\(x \* 255\)"),
+    "zeros": ({"arr_0": GOOD.astype(np.int64) * 0}, "int64 from 0 to 0; it must be 0 to 255"),
+    "minus one to one": (
+        {"arr_0": (GOOD // 86).astype(np.int8) - 1},
+        r"int8 from -1 to 1; .*\[-1, 1\].*\+ 1\) \* 127.5",
+    ),
     "two channels": ({"arr_0": GOOD[..., :2]}, r"must be \(N, height, width, 3\)"),
     "one image": ({"arr_0": GOOD[0, 0]}, r"must be \(N, height, width, 3\)"),
     "empty": ({"arr_0": GOOD[:0]}, "holds no images"),
@@ -314,7 +387,30 @@ def test_a_bad_batch_is_one_sentence(tmp_path, case):
     assert str(caught.value).startswith(f"SAMPLE {tmp_path / 'bad.npz'}") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("mu", [np.zeros((1, 2)), np.full(2, np.nan), np.array(["a", "b"]), np.zeros(3)])
+def test_a_cast_of_floats_is_noted_where_it_may_be_meant(tmp_path):
+    """0, 1, 254 and 255 are what is left of [-1, 1]; black and white are no such thing, nor is one value more."""
+    cast = np.array([0, 1, 254, 255], np.uint8)[GOOD // 64]
+    for x, noted in ((cast, 1), (np.where(GOOD < 128, np.uint8(0), np.uint8(255)), 0), (np.maximum(cast, 2), 0)):
+        batch = open_batch(npz(tmp_path / "a.npz", arr_0=x), "SAMPLE")
+        assert len(batch.notes) == noted and all("cast from floats in [-1, 1]" in note for note in batch.notes)
+    last = np.concatenate([cast] * 8)
+    last[-1, -1, -1, -1] = 77
+    assert not open_batch(npz(tmp_path / "a.npz", arr_0=last), "SAMPLE").notes
+
+
+@pytest.mark.parametrize(
+    "sigma", [np.array([[1, 0.5], [0.4, 1]]), np.array([[1.0, 0.0], [0.0, -1e-3]])], ids=["askew", "negative"]
+)
+@pytest.mark.parametrize("end", ["", "_s"])
+def test_what_is_no_covariance_is_refused(tmp_path, sigma, end):
+    stats = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    with pytest.raises(UserError, match=f"REF .*: sigma{end} is no covariance"):
+        _ = NpzBatch(npz(tmp_path / "bad.npz", arr_0=GOOD, **stats | {f"sigma{end}": sigma}), "REF").stats
+    rounded = stats | {f"sigma{end}": np.array([[1, 0.5], [0.5 + 1e-7, 0]])}
+    assert NpzBatch(npz(tmp_path / "good.npz", arr_0=GOOD, **rounded), "REF").stats
+
+
+@pytest.mark.parametrize("mu", [np.zeros(0), np.zeros((1, 2)), np.full(2, np.nan), np.array(["a", "b"]), np.zeros(3)])
 def test_bad_statistics_are_one_sentence(tmp_path, mu):
     stats = {"mu": mu, "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
     with pytest.raises(UserError, match="stores mu .*must be finite, .d,. and .d, d."):
@@ -394,6 +490,31 @@ def test_the_command_says_it_in_a_line_and_exits_with_2(tmp_path):
     assert done.stderr.startswith("error: REF ") and done.stderr.count("\n") == 1 and not done.stdout
     with pytest.raises(UserError, match="required: SAMPLE"):
         evaluator.main(["only_one.npz"])
+
+
+# ---- where results go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--json", "."], "--json .* is a folder; give the name of a file in it"),
+        (["--html", "a.npz/page.html"], "--html .*a.npz is a file, so nothing can be written below it"),
+        (["--json", "same", "--html", "./same"], "--html ./same is --json, too; give another name"),
+        (["--json", "a.npz"], "--json a.npz is REF, too"),
+        (["--html", "b.npz"], "--html b.npz is SAMPLE, too"),
+        (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
+    ],
+)
+def test_a_wrong_place_is_found_out_before_anything_is_computed(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluator, "choose_space", None)
+    for i, name in enumerate("ab"):
+        npz(tmp_path / f"{name}.npz", arr_0=pixels(8, seed=i))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=words):
+        evaluator.main(["a.npz", "b.npz", *flags])
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,31 @@ def test_only_inceptions_distance_is_called_fid(name, called):
     assert FeatureSpace(name, "", dict).distance == called
 
 
+def test_a_space_that_is_not_inceptions_own_marks_its_numbers():
+    assert FeatureSpace("inception", "", dict).ending == ""
+    unchecked = FeatureSpace("inception-unchecked", "", dict)
+    assert (unchecked.distance, unchecked.ending) == ("FD_inception-unchecked", "_inception-unchecked")
+
+
+@pytest.mark.parametrize(
+    "file, check, name, about",
+    [
+        ("a.pth", True, "inception", ""),
+        ("a.pb", True, "inception", ": checked by its size, as no hash of it is public"),
+        ("a.pb", False, "inception-unchecked", ": unchecked weights, so compare within this report only"),
+        ("a.pth", False, "inception-unchecked", ": unchecked weights, so compare within this report only"),
+    ],
+)
+def test_what_is_known_of_inceptions_weights(tmp_path, monkeypatch, file, check, name, about):
+    model = th.nn.Identity()
+    model.class_weight = np.zeros((3, 2), np.float32)
+    inception = pytest.importorskip("evaluations.inception")
+    monkeypatch.setattr(inception, "load_inception", lambda path, check: model)
+    (tmp_path / file).write_bytes(b"weights")
+    space = features.inception_space(tmp_path / file, check=check)
+    assert space.name == name and space.about == f"Inception of 2015, {tmp_path / file}{about}"
+
+
 def test_every_second_image_of_every_class():
     chosen = features.every_second(np.array([5, 2, 5, 5, 2, 2, 5, 5]))
     assert chosen.tolist() == [False, False, True, False, True, False, True, False]

@@ -30,6 +30,16 @@ def test_place_and_verdict(numbers, place, words):
     assert finding.as_dict()["verdict"] == finding.verdict
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_not_measured(bad):
+    for name in ("value", "real", "worst"):
+        finding = Finding(**{"name": "x", "value": 1.0, "real": 2.0, "worst": 0.0, name: bad})
+        assert getattr(finding, name) is None and finding.place is None
+        assert finding.verdict == ("not measured" if name == "value" else "-")
+    assert Finding(name="x", value=1.0, interval=(0.0, bad)).interval is None
+    assert finding.shown(finding.worst) == "-"
+
+
 def test_a_section_reads_as_text():
     finding = Finding(name="TSTR", value=0.41, real=0.6, worst=0.03, interval=(0.38, 0.44), form="{:.0%}")
     text = str(Section(title="Identity", findings=[finding], notes=["one seed"])).splitlines()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from evaluations.findings import Finding, Section, Table
-from evaluations.html import as_dict, plain, render, write_report
+from evaluations.html import as_dict, plain, refuse_unwritable, render, write_report
+from guided_diffusion_vae.config import UserError
 
 VOID = {"meta", "img", "br"}
 EVIL = "<script>alert(1)</script>\"'&"
@@ -84,6 +86,28 @@ def test_cells_are_short_and_missing_numbers_are_dashes():
     rows = Page(render("t", sections(), {"n": 3, "wide": np.float32(0.25)})).rows
     assert ["user_00", "0.123"] in rows and [EVIL, "-"] in rows and ["1", "-"] in rows
     assert ["n", "3"] in rows and ["wide", "0.25"] in rows
+
+
+def test_words_are_joined_by_commas():
+    assert ["parts", "leaks, physics"] in Page(render("t", [], {"parts": ("leaks", "physics")})).rows
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [("", "is a folder; give the name of a file"), ("file/a.html", "is a file, so nothing can be written below it")],
+)
+def test_a_place_that_cannot_be_written_is_found_out_before(tmp_path, place, words):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^--html .*{words}"):
+        refuse_unwritable(tmp_path / place, "--html")
+
+
+def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path, monkeypatch):
+    refuse_unwritable(tmp_path / "new" / "folder" / "a.html", "--html")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions mean nothing to the superuser
+    with pytest.raises(UserError, match="^--html .* cannot be written: no permission in"):
+        refuse_unwritable(tmp_path / "a.html", "--html")
 
 
 def test_json_holds_everything_and_no_nan():

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from helpers import draw_users
+from helpers import ROOT, draw_users
 
 from evaluations import evaluator, make_reference
 from evaluations.batches import open_batch
 from evaluations.features import FeatureSpace
-from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 
 
 def brightness(batch):
@@ -66,6 +66,17 @@ def test_without_weights_there_are_images_alone(main):
     assert list(main(space=None)) == ["arr_0", "arr_1"]
 
 
+def test_unchecked_weights_are_warned_of_once(main, tmp_path, monkeypatch, capsys):
+    inception = pytest.importorskip("evaluations.inception")
+    made, real = [], make_reference._inception
+    monkeypatch.setattr(inception, "find_weights", lambda given: "some.pth")
+    monkeypatch.setattr(make_reference, "inception_space", lambda path, **options: made.append(options["check"]))
+    for flag in ("False", "True"):
+        real(parse_run(create_argparser(make_reference.ReferenceConfig), ["--check_weights", flag]))
+    assert made == [False, True]
+    assert capsys.readouterr().err.splitlines() == [f"warning: {make_reference.UNCHECKED}"]
+
+
 def test_it_says_what_lacks(tmp_path, monkeypatch, capsys):
     pytest.importorskip("evaluations.inception")
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
@@ -98,6 +109,8 @@ def test_images_are_brought_to_the_size_that_is_asked_for(main):
         (["--out", "ref.txt"], "--out is 'ref.txt'; give the name of an .npz"),
         (["--data_dir", ""], "--data_dir is empty"),
         (["--num_images", "-1"], "--num_images is -1"),
+        (["--out", "same.npz", "--data_dir", "./same.npz"], "--out same.npz is --data_dir, which would be overwritten"),
+        (["--out", f"{ROOT}/pyproject.toml/a.npz"], "--out .*pyproject.toml is a file"),
         (["--data_dir", "a.npz", "--image_size", "8"], "--image_size 8 is for folders"),
         (["--data_dir", "nowhere"], "^--data_dir nowhere does not exist"),
     ],

@@ -62,3 +62,7 @@ def test_a_generator_with_one_idea_is_precise_and_recalls_nothing():
 def test_too_few_points_are_refused():
     with pytest.raises(ValueError, match="3 points have no 3-th neighbour"):
         manifold.fidelity(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+def test_a_near_copy_is_three_times_nearer():
+    assert manifold.near_copy_rate([[1, 5, 6, 6], [2, 5, 5, 5], [0, 1, 1, 1], [3, 3, 3, 3]]) == 0.5

@@ -140,6 +140,35 @@ def test_shuffled_pixels_and_blurred_colours_are_seen():
     assert findings(train, held, dull)["colour_residual"].verdict == "no better than the worst"
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_one_user_has_no_other_and_no_interval(labels):
+    train, held, made = (walks(8, seed, users=1, labels=labels) for seed in range(3))
+    section = ph.physics(train, held, made, seed=0)
+    assert not any("another user" in note for note in section.notes)
+    assert {finding.interval for finding in section.findings} == {None}
+    found = {finding.name: finding for finding in section.findings}
+    assert found["cadence"].place > 0.8  # the worst is a standard deviation off, or shuffled: never the user himself
+    assert all(finding.worst > finding.real for finding in section.findings)
+
+
+def test_of_two_users_the_other_is_the_worst_where_he_differs():
+    section = ph.physics(walks(8, 0, users=2), walks(8, 1, users=2), walks(8, 2, users=2), seed=0)
+    said = next(note for note in section.notes if "another user" in note)
+    assert "torso" in said and "cadence" in said and section.findings[0].interval is None
+
+
+def test_what_is_assumed_is_said_and_what_is_given_is_not():
+    sets = walks(6, 0), walks(6, 1), walks(6, 2)
+    notes = ph.physics(*sets, seed=0).notes
+    assert "the colours are assumed to span 45 dB" in notes
+    assert any("0 Hz assumed in the middle" in note for note in notes)
+    given = ph.physics(*sets, seed=0, axes=ph.Axes(-3.0, 6.0, 3.0), clip_db=30.0)
+    assert not any("assumed" in note for note in given.notes)
+    means = given.data["means"]["heldout"]
+    wanted = ph.measure_physics(sets[1].pixels, axes=ph.Axes(-3.0, 6.0, 3.0), colormap="jet", clip_db=30.0)
+    assert means["torso"] == pytest.approx(wanted["torso"].mean())
+
+
 def test_the_same_seed_gives_the_same_section_and_labels_may_be_missing():
     train, held, made = walks(6, 0), walks(6, 1), walks(6, 2)
     first, again = (ph.physics(train, held, made, seed=3) for _ in range(2))

@@ -67,7 +67,27 @@ def test_without_labels_a_picture_must_suit_somebody():
     everybody = Sifter.fit(train._replace(labels=None, class_names=None))
     assert kept(everybody, held) > 0.9 and kept(everybody, shuffled) == 0
     section = sifting(train, held, nobody, seed=0)
-    assert any("unlabelled" in note for note in section.notes)
+    assert any("not all sets are labelled" in note for note in section.notes)
+
+
+def test_unlabelled_samples_and_real_pictures_are_judged_alike(monkeypatch):
+    """The same pictures as samples and as held-out: the two rates are one, with labels or without."""
+    train, held = walks(20, 0), walks(6, 1)
+    nobody = held._replace(labels=None, class_names=None)
+    mixed = held._replace(labels=(held.labels + 1) % 4)  # said to be others, so the sifter keeps few
+    for samples, real in ((nobody, mixed), (mixed, nobody), (mixed, mixed)):
+        finding = sifting(train, real, samples, seed=0).findings[0]
+        assert finding.value == finding.real
+        assert finding.value < 0.1 if samples is real else finding.value > 0.9
+
+
+def test_every_user_counts_alike():
+    """16 pictures of a user that are kept, and 4 of another that are not: half, not four fifths."""
+    train, fine = walks(20, 0, users=2), walks(16, 0, users=2)
+    wrong = shuffle_pixels(fine.pixels[16:20], np.random.default_rng(0))
+    uneven = fine.take(np.arange(20))._replace(pixels=np.concatenate([fine.pixels[:16], wrong]))
+    finding = sifting(train, uneven, uneven, seed=0).findings[0]
+    assert finding.value == finding.real == 0.5 and finding.interval is None  # of two users
 
 
 def test_a_user_without_real_pictures():

@@ -130,16 +130,6 @@ def test_the_kernel_distance_over_subsets():
         statistics.kernel_distance_subsets(x, y, size=500)
 
 
-def test_the_vendi_score_counts():
-    """N at right angles count N; k directions, each repeated, count k; shares p_k count exp of their entropy."""
-    assert statistics.vendi_score(np.eye(7) * 3) == pytest.approx(7)
-    assert statistics.vendi_score(np.repeat(np.eye(3, 50), 10, axis=0)) == pytest.approx(3)
-    assert statistics.vendi_score(np.ones((20, 4))) == pytest.approx(1)
-    uneven = np.repeat(np.eye(2), (30, 10), axis=0)
-    assert statistics.vendi_score(uneven) == pytest.approx(np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
-    assert statistics.vendi_scores(uneven, [0] * 30 + [4] * 10) == {0: pytest.approx(1), 4: pytest.approx(1)}
-
-
 def test_the_classifier_score_is_one_for_a_constant_and_the_number_of_classes_for_certainty():
     assert statistics.classifier_inception_score(np.tile([0.5, 0.3, 0.2], (9, 1))) == pytest.approx(1)
     assert statistics.classifier_inception_score(np.tile(np.eye(31), (4, 1))) == pytest.approx(31)
@@ -157,3 +147,18 @@ def test_the_bootstrap_draws_groups_not_rows():
     assert high - low == pytest.approx(2 * 1.96 * users.std() / 5, rel=0.1)
     narrow = statistics.bootstrap_interval(lambda i: rows[i].mean(), np.arange(400), seed=0)
     assert np.ptp(narrow) < 0.4 * (high - low)
+
+
+def test_two_users_have_no_interval():
+    """Drawing two users anew gives four cases: both ends would be the users themselves."""
+    assert statistics.mean_interval([0.2, 0.8], 0) is None and statistics.mean_interval([0.5], 0) is None
+    low, high = statistics.mean_interval([0.2, 0.5, 0.8], 0)
+    assert 0.19 < low < 0.5 < high < 0.81
+
+
+def test_groups_in_any_order_are_drawn_whole():
+    groups, drawn = np.array([3, 1, 3, 2, 1, 3]), []
+    statistics.bootstrap_interval(lambda rows: drawn.append(np.bincount(rows, minlength=6)) or 0.0, groups, seed=0)
+    for counts in drawn:
+        assert counts[0] == counts[2] == counts[5] and counts[1] == counts[4]
+        assert counts[0] + counts[1] + counts[3] == 3
