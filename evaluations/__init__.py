@@ -7,7 +7,7 @@ features          inception with inception_graph and graphdef: the 2015 network;
 numbers           statistics: Frechet and kernel distances; manifold: precision, recall, density, coverage, nearest;
                   official: the five numbers in the official arithmetic; roc; reconstruction: PSNR and SSIM
 parts             classifier_tests with shortcut, verification with metric_learning, measure, physics, sifting,
-                  memorization with copying, leaks, side_by_side: each makes one section of a report; augmentation: the study
+                  memorization with copying, leaks, side_by_side: each makes a section; augmentation: the study
 reports           findings: a number between the worst and real images, and its verdict; html; report: the short table
 commands          evaluator, make_reference: the official tool's; validation: what scripts/validate.py asks
 
