@@ -7,6 +7,7 @@ learn here from the real images. Prints the findings; writes report.html, report
 accepted.csv, anew after every part.
 """
 
+from functools import partial
 from pathlib import Path
 
 from evaluations.html import refuse_unwritable
@@ -32,7 +33,8 @@ def main(argv=None):
     def keep(sections):
         written[:] = write_validation(out, sections, samples, run.as_dict())
 
-    validate(train, heldout, samples, run.section(ValidationConfig), progress=True, keep=keep)
+    say = partial(print, flush=True)  # also into a file, part by part
+    validate(train, heldout, samples, run.section(ValidationConfig), progress=True, keep=keep, say=say)
     print(f"written: {', '.join(map(str, written))}")
 
 
