@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from guided_diffusion_vae.config import UserError, refuse_below
 
-from .classifier_tests import per_user, pick
+from .classifier_tests import pick, share_right
 from .image_sets import ImageSet
-from .measure import _shared
+from .measure import shared
 from .study import ALONE, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
-from .user_classifier import BATCH, CHUNK, UserClassifier, steps_of, train_user_classifier
+from .user_classifier import BATCH, steps_of, train_user_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ def augmentation_study(
                 steps=steps_at[k],
                 augmented=augmented,
             )
-            right[k].setdefault(name, []).append(_score(model, heldout, num_users))
+            named = model.judge(heldout.pixels).users
+            right[k].setdefault(name, []).append(share_right(named, heldout.labels, num_users))
     return Study(
         accuracy={k: {name: np.stack(values) for name, values in found.items()} for k, found in right.items()},
         users=train.class_names,
@@ -116,7 +117,7 @@ def augmentation_study(
             "generated_per_user": per_user,
             "real_per_user": available,
             "heldout_images": len(heldout.pixels),
-            "heldout_in_training": _shared(train, heldout),
+            "heldout_in_training": shared(train, heldout),
             "seeds": seeds,
             "seed": seed,
             "steps": steps_at,
@@ -137,7 +138,7 @@ def refuse_impossible(train: ImageSet, heldout: ImageSet, generated: ImageSet, k
     for flag, images in (("--heldout_dir", heldout), ("--samples", generated)):
         if images.labels is None:
             raise UserError(f"{flag} does not say who is shown; the study needs users of --real_dir")
-    if _shared(train, heldout) == len(heldout.pixels):
+    if shared(train, heldout) == len(heldout.pixels):
         raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     real, fake = (np.bincount(images.labels, minlength=len(names)) for images in (train, generated))
     if max(ks) > real.min():
@@ -167,10 +168,10 @@ def arms(train: ImageSet, generated: ImageSet, *, k: int, per_user: int, seed: t
     rng = np.random.default_rng([*seed, 2, k])
     found = {
         REAL: real,
-        GENERATED: _together(real, fake),
-        DUPLICATES: _together(real, again),
-        SHIFTED: _together(real, again._replace(pixels=rolled(again.pixels, rng))),
-        MASKED: _together(real, again._replace(pixels=masked(again.pixels, rng))),
+        GENERATED: real.joined(fake),
+        DUPLICATES: real.joined(again),
+        SHIFTED: real.joined(again._replace(pixels=rolled(again.pixels, rng))),
+        MASKED: real.joined(again._replace(pixels=masked(again.pixels, rng))),
         ALONE: fake._replace(class_names=train.class_names),
     }
     if min(map(len, order)) >= k + per_user:
@@ -200,13 +201,3 @@ def masked(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _shuffled_users(labels: np.ndarray, num_users: int, rng: np.random.Generator) -> list[np.ndarray]:
     """The places of each user's images, in the order in which they are drawn."""
     return [rng.permutation(np.flatnonzero(labels == user)) for user in range(num_users)]
-
-
-def _together(a: ImageSet, b: ImageSet) -> ImageSet:
-    return ImageSet(np.concatenate([a.pixels, b.pixels]), np.concatenate([a.labels, b.labels]), a.class_names)
-
-
-def _score(model: UserClassifier, heldout: ImageSet, num_users: int) -> np.ndarray:
-    """Share of right answers within each user: (users,)."""
-    blocks = (heldout.pixels[i : i + CHUNK] for i in range(0, len(heldout.pixels), CHUNK))
-    return per_user(np.concatenate([model.judge(block).users for block in blocks]), heldout.labels, num_users)

@@ -23,7 +23,7 @@ from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.image_folder import MAX_PIXELS, list_images, read_rgb
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 
-from .image_sets import _pngs_of
+from .image_sets import pngs_of
 from .value_range import look_for_casts, refuse_unit_range
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -102,7 +102,7 @@ class FolderBatch(Batch):
 
     def __init__(self, path, flag: str, *, image_size: int = 0, skip_bad_images: bool = False, say=print):
         with _naming(flag):
-            found = list_images(_pngs_of(Path(path)))
+            found = list_images(pngs_of(Path(path), flag))
             if skip_bad_images:
                 found = drop_bad_images(found, say)
             size = (image_size, image_size) if image_size else read_rgb(found.paths[0]).size[::-1]
@@ -311,11 +311,11 @@ class NpzBatch(Batch):
 
 @contextmanager
 def _naming(flag: str):
-    """Errors of functions that know a folder as --data_dir or --samples name this flag instead."""
+    """Errors of functions that know a folder as --data_dir name this flag instead."""
     try:
         yield
     except UserError as error:
-        said = str(error).replace("--data_dir", flag).replace("--samples", flag)
+        said = str(error).replace("--data_dir", flag)
         raise UserError(said if said.startswith(flag) else f"{flag}: {said}") from error
 
 

@@ -25,12 +25,11 @@ from .findings import Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import refuse_too_few, spread
 from .shortcut import STATISTICS, Shortcut
-from .statistics import classifier_inception_score
+from .statistics import FEWEST_USERS, classifier_inception_score
 from .user_classifier import CHUNK, UserClassifier, steps_of, to_input, train_user_classifier
 
 REAL, FEWER, FAKE, BOTH = "real", "as many real", "generated", "real + generated"  # what a classifier learns from
 ROUNDS = 1000  # of the bootstrap
-FEWEST_DRAWN = 3  # users that an interval can be drawn from
 LOW_DIVERSITY = 0.25  # TRTS above TSTR by this share of their ceilings
 DARK = (8, 48, 107)  # the colour of 1 in a confusion matrix
 
@@ -80,7 +79,7 @@ def classifier_tests(
         data["confusion_trts"] = sum(shown).tolist()
         shortcut = Shortcut.learn(train)
         by_shortcut = {
-            name: per_user(shortcut.name(images.pixels), images.labels, len(names))[None]
+            name: share_right(shortcut.name(images.pixels), images.labels, len(names))[None]
             for name, images in (("real", heldout), ("generated", samples))
         }
         found = _accuracies(answers, by_shortcut, np.random.default_rng(seed))
@@ -106,14 +105,14 @@ def _ask(train, heldout, samples, *, seeds: int, epochs: int, seed: int, progres
         for name, lesson in lessons(train, samples, np.random.default_rng([seed, number])).items():
             model = train_user_classifier(lesson.pixels, lesson.labels, num_users, seed=seed + number, steps=steps)
             said = probabilities(model, heldout.pixels)
-            right = per_user(said.argmax(axis=1), heldout.labels, num_users)
+            right = share_right(said.argmax(axis=1), heldout.labels, num_users)
             answers.right.setdefault(name, []).append(right)
             if name == REAL:
                 answers.heldout.append(said)
                 answers.generated.append(probabilities(model, samples.pixels))
     if samples.labels is not None:
         named = [said.argmax(axis=1) for said in answers.generated]
-        right_generated = np.stack([per_user(users, samples.labels, num_users) for users in named])
+        right_generated = np.stack([share_right(users, samples.labels, num_users) for users in named])
         return Answers({k: np.stack(v) for k, v in answers.right.items()}, right_generated, *answers[2:])
     return answers._replace(right={k: np.stack(v) for k, v in answers.right.items()})
 
@@ -128,8 +127,7 @@ def lessons(train: ImageSet, samples: ImageSet, rng: np.random.Generator) -> dic
         return {REAL: train}
     used = _used(train, samples)
     fake = samples.take(pick(samples.labels, used["generated"], rng))
-    both = [np.concatenate([a, b]) for a, b in ((train.pixels, fake.pixels), (train.labels, fake.labels))]
-    found = {REAL: train, FAKE: fake, BOTH: ImageSet(*both, train.class_names)}
+    found = {REAL: train, FAKE: fake, BOTH: train.joined(fake)}
     if used["real"] != np.bincount(train.labels, minlength=len(used["real"])).tolist():
         found[FEWER] = train.take(pick(train.labels, used["real"], rng))
     return found
@@ -158,7 +156,7 @@ def probabilities(model: UserClassifier, pixels: np.ndarray) -> np.ndarray:
     return th.cat([model(to_input(block)).softmax(dim=1) for block in blocks]).numpy()
 
 
-def per_user(named: np.ndarray, labels: np.ndarray, num_users: int) -> np.ndarray:
+def share_right(named: np.ndarray, labels: np.ndarray, num_users: int) -> np.ndarray:
     """Share of right answers within each user: (users,); NaN for a user who is not shown."""
     shown = np.bincount(labels, minlength=num_users)
     right = np.bincount(labels[named == labels], minlength=num_users)
@@ -172,7 +170,7 @@ def interval_of(right: np.ndarray, rng: np.random.Generator) -> tuple[float, flo
     """
     right = right[:, ~np.isnan(right).any(axis=0)]
     seeds, users = right.shape
-    if users < FEWEST_DRAWN:
+    if users < FEWEST_USERS:
         return None
     draws = [right[rng.integers(seeds, size=seeds)][:, rng.integers(users, size=users)].mean() for _ in range(ROUNDS)]
     low, high = np.percentile(draws, [2.5, 97.5])

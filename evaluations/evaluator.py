@@ -38,7 +38,8 @@ from evaluations.features import (
 from evaluations.findings import Finding, Section
 from evaluations.html import as_dict, refuse_unwritable, render, write_json, write_text
 from evaluations.manifold import Fidelity, fidelity
-from evaluations.side_by_side import FEWEST, at_the_same_number, shuffled
+from evaluations.measure import FEWEST_IN_SET
+from evaluations.side_by_side import at_the_same_number, shuffled
 from evaluations.statistics import classifier_inception_score, kernel_distance_subsets, subset_size
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run, refuse_below
@@ -158,11 +159,10 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
             if not run.check_weights:
                 _warn(f"the weights {weights} are unchecked: no number is called FID, all bear inception-unchecked")
             return inception_space(weights, check=run.check_weights, **on_device)
-        where = " ".join(WHERE_TO_GET.split())
         if name:
-            raise UserError(f"--features inception needs its weights (--inception_weights). {where}")
+            raise UserError(f"--features inception needs its weights (--inception_weights). {WHERE_TO_GET}")
         name = "user" if can_learn_users(ref) else "vae"
-        print(f"no weights of Inception found: no FID, but numbers of {name} features. {where}", flush=True)
+        print(f"no weights of Inception found: no FID, but numbers of {name} features. {WHERE_TO_GET}", flush=True)
     if name == "user":
         return learn_user_space(ref, seed=run.seed, **options)
     if name == "vae":
@@ -226,8 +226,10 @@ def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
     if "probabilities" in sample:
         score[f"IS_{space.name}"] = classifier_inception_score(sample["probabilities"])
     ball = official.NEIGHBOURS
-    if min(len(x), len(y)) < FEWEST:
-        raise UserError(f"{space.name} features are compared from {FEWEST} images on; here are {len(x)} and {len(y)}")
+    if min(len(x), len(y)) < FEWEST_IN_SET:
+        raise UserError(
+            f"{space.name} features are compared from {FEWEST_IN_SET} images on; here are {len(x)} and {len(y)}"
+        )
     near = fidelity(x, y, k_ball=ball)
     return score | {
         space.distance: official.frechet_of_features(x, y),
@@ -248,8 +250,8 @@ def beyond(space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int) 
             f"{space.distance} of {' and '.join(few)} images in {d} dimensions: a covariance of so few lacks full rank"
             " and the distance is far too high; read it against its floor, or KID"
         )
-    if min(n, m) < FEWEST:
-        notes.append(f"density and coverage need {FEWEST} images a side; here are {n} and {m}")
+    if min(n, m) < FEWEST_IN_SET:
+        notes.append(f"density and coverage need {FEWEST_IN_SET} images a side; here are {n} and {m}")
         return lines, notes
     near = fidelity(x, y)
     if space.class_weight is not None:

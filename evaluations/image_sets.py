@@ -26,6 +26,11 @@ class ImageSet(NamedTuple):
     class_names: list[str] | None
     files: list[str] | None = None  # of each image, relative to its folder
 
+    def joined(self, other: "ImageSet") -> "ImageSet":
+        """The images of both, in these numbers."""
+        pixels, labels = (np.concatenate([getattr(s, name) for s in (self, other)]) for name in ("pixels", "labels"))
+        return ImageSet(pixels, labels, self.class_names)
+
     def take(self, index) -> "ImageSet":
         """The images at these places."""
         labels = None if self.labels is None else self.labels[index]
@@ -81,6 +86,18 @@ def read_real(real_dir, heldout_dir, size: tuple[int, int], **options) -> tuple[
     return train, renumber(heldout, train.class_names, "--heldout_dir")
 
 
+def read_sets(run) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """Training, held-out and generated images of one size, as `--real_dir`, `--heldout_dir` and `--samples` name them.
+
+    Raises:
+        UserError: see `read_samples`, `read_folder` and `renumber`.
+    """
+    skip = {"skip_bad_images": run.skip_bad_images}
+    samples = read_samples(run.samples, **skip)
+    train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
+    return train, heldout, renumber(samples, train.class_names, "--samples")
+
+
 def read_samples(path, **options) -> ImageSet:
     """Read generated images: an .npz with arr_0 (and arr_1, their labels), or a folder of images.
 
@@ -92,7 +109,7 @@ def read_samples(path, **options) -> ImageSet:
     if not path:
         raise UserError("--samples is empty; give the .npz or the folder of PNGs that image_sample_vae.py wrote")
     if Path(path).is_dir():
-        return read_folder(_pngs_of(Path(path)), "--samples", **options)
+        return read_folder(pngs_of(Path(path), "--samples"), "--samples", **options)
     pixels, labels = _read_npz(path)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise UserError(
@@ -105,24 +122,26 @@ def read_samples(path, **options) -> ImageSet:
     return ImageSet(pixels, labels, None)
 
 
-def _pngs_of(folder: Path) -> Path:
+def pngs_of(folder: Path, flag: str) -> Path:
     """Where the images of a folder of samples lie; the sampler's own holds grids beside them, which are none.
 
+    Args:
+        flag: what an error calls the folder.
     Raises:
         UserError: the sampler wrote no PNGs; some of its last run's are gone, or there are others beside them.
     """
     inner, listed = folder / "png", {row["file"] for row in read_manifest(folder)}
     found = {path.relative_to(folder).as_posix() for path in list_files(inner)} if inner.is_dir() else set()
     if listed and not found & listed:
-        raise UserError(f"--samples {folder} has none of the PNGs of its manifest.csv: give the samples_*.npz in it")
+        raise UserError(f"{flag} {folder} has none of the PNGs of its manifest.csv: give the samples_*.npz in it")
     if listed - found:
         raise UserError(
-            f"--samples {folder} lacks {len(listed - found)} of the PNGs of its manifest.csv, such as"
+            f"{flag} {folder} lacks {len(listed - found)} of the PNGs of its manifest.csv, such as"
             f" {min(listed - found)}: give the samples_*.npz in it, or sample again"
         )
     if listed and found - listed:
         raise UserError(
-            f"--samples {folder} has {len(found - listed)} PNGs that are not in its manifest.csv, such as"
+            f"{flag} {folder} has {len(found - listed)} PNGs that are not in its manifest.csv, such as"
             f" {min(found - listed)}: remove what another run left, or give the samples_*.npz in it"
         )
     return inner if inner.is_dir() else folder

@@ -106,8 +106,7 @@ def _inception(run) -> FeatureSpace | None:
 
     weights = find_weights(run.inception_weights)
     if weights is None:
-        where = " ".join(WHERE_TO_GET.split())
-        print(f"no weights of Inception found: the reference has images but no statistics. {where}", flush=True)
+        print(f"no weights of Inception found: the reference has images but no statistics. {WHERE_TO_GET}", flush=True)
         return None
     if not run.check_weights:
         print(f"warning: {UNCHECKED}", file=sys.stderr, flush=True)

@@ -194,7 +194,7 @@ def refuse_too_few(train: ImageSet, heldout: ImageSet, samples: int) -> None:
         raise UserError(f"--real_dir has {few} images of {name}; the judge needs at least {FEWEST} of every user")
     if heldout.labels is None:
         raise UserError("--heldout_dir shows none of the users of --real_dir; give other sessions of the same users")
-    if _shared(train, heldout) == len(heldout.pixels):
+    if shared(train, heldout) == len(heldout.pixels):
         raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     kept = np.maximum(1, counts // ASIDE).sum()
     for flag, n in (("--samples", samples), ("--heldout_dir", len(heldout.pixels)), ("--real_dir", kept)):
@@ -203,7 +203,7 @@ def refuse_too_few(train: ImageSet, heldout: ImageSet, samples: int) -> None:
             raise UserError(f"{flag} has {what}; the comparison needs at least {FEWEST_IN_SET}")
 
 
-def _shared(train: ImageSet, images: ImageSet) -> int:
+def shared(train: ImageSet, images: ImageSet) -> int:
     """How many images are also training images, pixel for pixel."""
     known = set(digests(train.pixels))
     return sum(digest in known for digest in digests(images.pixels))
@@ -223,7 +223,7 @@ def _notes(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> list[str]:
         if missing:
             notes.append(f"{missing} of {len(train.class_names)} users have no generated image")
     for name, images in (("held-out", heldout), ("generated", samples)):
-        same = _shared(train, images)
+        same = shared(train, images)
         if same:
             notes.append(f"{same} of {len(images.pixels)} {name} images are also training images, pixel for pixel")
     if min(samples.pixels.shape[1:3]) > SIZE:

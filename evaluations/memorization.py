@@ -158,8 +158,7 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
 
     pairs, real_pairs = (closest_pairs(kinds[k], learned, found[k], PAIRS) for k in ("value", "real"))
     sides = {"generated": (samples.pixels, pairs), "real": (train.pixels[aside], real_pairs)}
-    usual = max(float(np.median(found["real"].distances[:, 0])), np.finfo(np.float32).tiny)
-    pictures = {"closest_pairs.png": _sheet(train.pixels, sides, usual)}
+    pictures = {"closest_pairs.png": _sheet(train.pixels, sides, _usual(found))}
     if same:
         pictures["copied.png"] = picture(same[:PAIRS], {"generated": samples, "training": train})
     shown = {f.name: f.shown(other[f.name]) for f in findings if f.name in other}
@@ -187,7 +186,7 @@ def _by_distance(found: dict[str, Near], among: Near, several: int, seed: int) -
     """The findings that look at the nearest training images, and what held-out images score in each."""
     d = {kind: each.distances for kind, each in found.items()}
     flags = {kind: authentic(each, among) for kind, each in found.items()}
-    usual = max(float(np.median(d["real"][:, 0])), np.finfo(np.float32).tiny)
+    usual = _usual(found)
     limit = np.quantile(d["real"][:, 0], FEW_REAL)
     findings, other = [], {}
 
@@ -207,6 +206,11 @@ def _by_distance(found: dict[str, Near], among: Near, several: int, seed: int) -
     about = "per cent further from the nearest training image than that is from the next one"
     add("AuthPct", lambda flags: 100 * flags.mean(), flags, "{:.1f}", about)
     return findings, other
+
+
+def _usual(found: dict[str, Near]) -> float:
+    """The median distance of real images of the same sessions to their nearest training image; above 0."""
+    return max(float(np.median(found["real"].distances[:, 0])), np.finfo(np.float32).tiny)
 
 
 def _beyond_sessions(twins: Found, aside: Found) -> Found:

@@ -12,6 +12,7 @@ import numpy as np
 
 BLOCK = 512  # rows of scores at a time
 FAR = 0.01  # at which TAR is given
+FEWEST_ERRORS = 3  # expected at a FAR, for a TAR to be given
 
 
 class Pairs(NamedTuple):
@@ -139,7 +140,7 @@ def tar_at_far(genuine, impostor, far: float = FAR) -> Rate:
     note, wanted = "", 30 / far
     if len(impostor) < wanted:
         note = f"TAR at FAR {far:.1%} rests on {len(impostor)} impostor pairs; the rule of 30 asks for {wanted:.0f}"
-    if len(impostor) < 3 / far or not len(genuine):
+    if len(impostor) < FEWEST_ERRORS / far or not len(genuine):
         return Rate(None, note or "there are no genuine pairs")
     return Rate(roc(genuine, impostor).tar_at(far), note)
 

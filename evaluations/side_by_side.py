@@ -7,10 +7,9 @@ from .batches import ArrayBatch, Batch
 from .features import FeatureSpace
 from .findings import Finding, Section
 from .manifold import Fidelity, fidelity
-from .measure import shuffle_pixels
+from .measure import FEWEST_IN_SET, shuffle_pixels
 from .statistics import frechet_floor, kernel_distance
 
-FEWEST = 6  # density and coverage look at the fifth neighbour
 MANY, MANY_SPLITS, FEW_SPLITS = 256, 3, 10  # above so many dimensions fewer splits of the floor
 WORST_IMAGES = 1000  # whose pixels are shuffled
 
@@ -24,7 +23,7 @@ def at_the_same_number(space: FeatureSpace, x, y, worst, *, seed: int) -> tuple[
     half, rng = min(len(x) // 2, len(y)), np.random.default_rng(seed)
     splits = MANY_SPLITS if x.shape[1] > MANY else FEW_SPLITS
     name, end = space.distance, space.ending
-    if half < FEWEST:
+    if half < FEWEST_IN_SET:
         return Section(title="Against real images", notes=[f"{half} images a half are too few for a floor"]), {}
     floor = frechet_floor(x, half, half, splits=splits, seed=seed)
     draws = [(rng.permutation(len(x)), rng.permutation(len(y))[:half]) for _ in range(splits)]

@@ -24,7 +24,7 @@ from scipy.linalg.lapack import dpstrf
 
 BLOCK = 1024  # rows at a time
 SUBSET = 1000  # most rows of a subset of the kernel distance
-FEWEST = 3  # users that an interval can be drawn from
+FEWEST_USERS = 3  # users that an interval can be drawn from
 DOUBT = 1e-8  # share of a nuclear norm that rounding may make up
 
 
@@ -211,7 +211,7 @@ def bootstrap_interval(
 def mean_interval(values, seed: int) -> tuple[float, float] | None:
     """95 % of the mean of values (users,), by drawing the users anew; None of fewer than three, who say too little."""
     values = np.asarray(values)
-    if len(values) < FEWEST:
+    if len(values) < FEWEST_USERS:
         return None
     return bootstrap_interval(lambda rows: values[rows].mean(), np.arange(len(values)), seed=seed, rounds=1000)
 

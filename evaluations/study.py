@@ -1,6 +1,5 @@
 """What an augmentation study found: tables, a plot, and a verdict for each number of real images."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from scipy.stats import t as student
 from guided_diffusion_vae.checkpoint import atomic_write, save_csv
 
 from .findings import Finding, Section, Table
+from .html import write_json
 
 REAL, ALONE = "k real alone", "generated alone"
 GENERATED, MORE = "+ generated", "+ more real"
@@ -190,11 +190,9 @@ class Study:
     def save(self, folder) -> list[Path]:
         """Write study.json and study.csv; returns where."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         rows, places = self.rows(), [folder / "study.json", folder / "study.csv"]
         per_user = {
-            f"{k}": {arm: [_number(x) for x in right.mean(axis=0)] for arm, right in arms.items()}
-            for k, arms in self.accuracy.items()
+            f"{k}": {arm: right.mean(axis=0) for arm, right in arms.items()} for k, arms in self.accuracy.items()
         }
         found = {
             "verdict": self.verdict,
@@ -208,8 +206,7 @@ class Study:
             "about": self.about,
             "notes": self.notes,
         }
-        with atomic_write(places[0]) as handle:
-            handle.write(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
+        write_json(places[0], found)
         save_csv([list(rows[0]), *(["" if x is None else x for x in row.values()] for row in rows)], places[1])
         return places
 
@@ -249,7 +246,3 @@ class Study:
 def _cell(row) -> str:
     value = f"{100 * row['accuracy']:.1f}%"
     return value if row["low"] is None else f"{value} ±{100 * (row['high'] - row['low']) / 2:.1f}"
-
-
-def _number(x) -> float | None:
-    return None if np.isnan(x) else float(x)

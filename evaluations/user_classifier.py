@@ -65,7 +65,8 @@ class UserClassifier(nn.Module):
     def judge(self, pixels: np.ndarray) -> Judgement:
         """Features and named users of uint8 images (N, H, W, 3) of any size."""
         self.eval()
-        features = th.cat([self.embed(x) for x in to_input(pixels).split(CHUNK)])
+        blocks = (pixels[i : i + CHUNK] for i in range(0, max(1, len(pixels)), CHUNK))
+        features = th.cat([self.embed(to_input(block)) for block in blocks])
         return Judgement(features.numpy(), self.head(F.relu(features)).argmax(dim=1).numpy())
 
     def fingerprint(self) -> str:

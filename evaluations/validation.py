@@ -26,7 +26,7 @@ from .metric_learning import DEFAULT_LOSS, LOSSES
 from .physics import physics
 from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report
 from .sifting import METHODS, Sifted, Sifter, sifting, write_accept_list
-from .verification import _split_users, verify
+from .verification import split_users, verify
 
 TITLE = "Generated spectrograms, validated"
 MADE = ("accepted.csv", "closest_pairs.png", "confusion.png", "copied.png", "twins.png")  # by some parts
@@ -121,7 +121,7 @@ def refuse_at_the_start(train: ImageSet, heldout: ImageSet, samples: ImageSet, c
     """
     refuse_too_few(train, heldout, len(samples.pixels))
     if "verification" in config.chosen and samples.labels is not None:
-        _split_users(len(train.class_names), config.open_set_users, np.random.default_rng(config.seed))
+        split_users(len(train.class_names), config.open_set_users, np.random.default_rng(config.seed))
     if "sifting" in config.chosen and config.sift_method == "hull":
         Sifter.fit(train, method="hull")
 

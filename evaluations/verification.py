@@ -21,8 +21,8 @@ from .findings import Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import refuse_too_few, set_aside, spread
 from .metric_learning import DEFAULT_LOSS, train_embedding
-from .roc import FAR, EqualError, Pairs, d_prime, eer, pairs, roc, roc_auc, tar_at_far
-from .statistics import bootstrap_interval
+from .roc import FAR, FEWEST_ERRORS, EqualError, Pairs, d_prime, eer, pairs, roc, roc_auc, tar_at_far
+from .statistics import FEWEST_USERS, bootstrap_interval
 
 TITLE = "Verification: the same person?"
 MOST = 600  # images a side: 360,000 pairs are ranked in every round of the bootstrap, and users vary more than images
@@ -81,7 +81,7 @@ def verify(
         return Section(title=TITLE, notes=["the samples are unlabelled, so there is nobody to verify"])
     refuse_too_few(train, heldout, len(samples.pixels))
     rng = np.random.default_rng(seed)
-    strangers, known = _split_users(len(train.class_names), open_set_users, rng)
+    strangers, known = split_users(len(train.class_names), open_set_users, rng)
     aside, learned = _set_aside(train.labels, rng)
     learned = learned[np.isin(train.labels[learned], known)]
     embedding = train_embedding(
@@ -131,7 +131,7 @@ def verify(
     )
 
 
-def _split_users(count: int, open_set_users: int, rng) -> tuple[np.ndarray, np.ndarray]:
+def split_users(count: int, open_set_users: int, rng) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the users kept from the embedding, and of those it learns; both in order."""
     strangers = 0 if count < FEW_USERS else open_set_users
     if strangers not in (0, *range(2, count - 1)):
@@ -204,14 +204,14 @@ def _numbers(found: Pairs, threshold: float, times: np.ndarray | None = None) ->
     except ValueError:
         return dict.fromkeys(names)
     far, tar = curve.at(threshold)
-    tar_at = curve.tar_at(FAR) if len(found.impostor) >= 3 / FAR else None
+    tar_at = curve.tar_at(FAR) if len(found.impostor) >= FEWEST_ERRORS / FAR else None
     return dict(zip(names, (curve.auc, curve.eer.rate, tar_at, tar, far), strict=True))
 
 
 def _intervals(found: Pairs, threshold: float, seed: int, rounds: int) -> dict[str, tuple[float, float]]:
     """95 % of every number, when users are drawn anew; none from fewer than three users."""
     users = np.unique(np.append(found.genuine_user, found.impostor_users))
-    if len(users) < 3 or not len(found.genuine) or not rounds:
+    if len(users) < FEWEST_USERS or not len(found.genuine) or not rounds:
         return {}
     best, worst = np.argsort(-found.genuine), np.argsort(-found.impostor)  # so that every round has but to merge
     found = Pairs(found.genuine[best], found.impostor[worst], found.genuine_user[best], found.impostor_users[worst])

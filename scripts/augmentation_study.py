@@ -10,7 +10,7 @@ them name held-out real images. Prints the table and the verdict; writes study.j
 from pathlib import Path
 
 from evaluations.augmentation import AugmentationConfig, augmentation_study
-from evaluations.image_sets import beside, read_real, read_samples, renumber
+from evaluations.image_sets import beside, read_sets
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 
@@ -20,14 +20,11 @@ def main(argv=None):
     if run.dry_run:
         print(run)
         return
-    skip = {"skip_bad_images": run.skip_bad_images}
-    samples = read_samples(run.samples, **skip)
-    train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
-
+    train, heldout, samples = read_sets(run)
     study = augmentation_study(
         train,
         heldout,
-        renumber(samples, train.class_names, "--samples"),
+        samples,
         ks=run.section(AugmentationConfig).counts,
         per_user=run.generated_per_user,
         seeds=run.seeds,

@@ -9,7 +9,7 @@ the share of all images that the judge names right; validate.py's TRTS is the me
 
 from pathlib import Path
 
-from evaluations.image_sets import beside, read_real, read_samples, renumber
+from evaluations.image_sets import beside, read_sets
 from evaluations.measure import EvaluationConfig, evaluate
 from evaluations.report import comparison, save_picture
 from guided_diffusion_vae import dist_util
@@ -21,10 +21,7 @@ def main(argv=None):
     if run.dry_run:
         print(run)
         return
-    skip = {"skip_bad_images": run.skip_bad_images}
-    samples = read_samples(run.samples, **skip)
-    train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
-    samples = renumber(samples, train.class_names, "--samples")
+    train, heldout, samples = read_sets(run)
 
     report = evaluate(train, heldout, samples, epochs=run.judge_epochs, seed=run.seed, progress=True)
     print(report)

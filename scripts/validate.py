@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from evaluations.html import refuse_unwritable
-from evaluations.image_sets import beside, read_real, read_samples, renumber
+from evaluations.image_sets import beside, read_sets
 from evaluations.validation import ValidationConfig, validate, write_validation
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
@@ -22,12 +22,9 @@ def main(argv=None):
     if run.dry_run:
         print(run)
         return
-    skip = {"skip_bad_images": run.skip_bad_images}
-    samples = read_samples(run.samples, **skip)
     out = Path(run.out_dir or beside(run.samples, "validation"))
     refuse_unwritable(out / "report.html", "--out_dir")
-    train, heldout = read_real(run.real_dir, run.heldout_dir, samples.pixels.shape[1:3], **skip)
-    samples = renumber(samples, train.class_names, "--samples")
+    train, heldout, samples = read_sets(run)
     written = []
 
     def keep(sections):

@@ -8,6 +8,7 @@ from guided_diffusion_vae.data import microdoppler
 from guided_diffusion_vae.data.spectrogram import colours_from_unit, row_axis
 
 NAMES = [f"user_{user:02d}" for user in range(4)]
+WAYS = 4  # to walk, of a user of `patterned`
 
 
 def bands(centre, *, half_width=0.2, size=64, colormap="grey"):
@@ -44,6 +45,15 @@ def walks(each, seed, users=4, labels=True):
     ]
     pixels = bands(np.stack(lines), colormap="jet")
     return ImageSet(pixels, who if labels else None, NAMES[:users] if labels else None)
+
+
+def patterned(seed, each=8, ways=WAYS, *, users, size):
+    """Every user has four ways to walk, each a pattern of its own, all equally alike; of these the first `ways`."""
+    patterns = np.random.RandomState(7).randint(40, 215, (users, WAYS, size, size, 3))
+    rng = np.random.RandomState(seed)
+    who = np.repeat(np.arange(users), each)
+    pixels = patterns[who, np.tile(np.arange(each) % ways, users)] + rng.randint(-20, 21, (len(who), size, size, 3))
+    return ImageSet(pixels.astype(np.uint8), who, [f"user_{i:02d}" for i in range(users)])
 
 
 def simulated(users, each, session, seed=0):

@@ -38,6 +38,17 @@ def draw_users(root, users, count, size=32, *, high=255, rng=None):
     return root
 
 
+def save_sets(root, train, heldout, samples):
+    """Three `ImageSet`s as files: folders of users, an .npz. Returns the flags that name them."""
+    for split, images in (("train", train), ("test", heldout)):
+        for place, (image, user) in enumerate(zip(images.pixels, images.labels, strict=True)):
+            path = root / split / images.class_names[user] / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    np.savez(root / "samples.npz", samples.pixels, samples.labels)
+    return ["--real_dir", root / "train", "--heldout_dir", root / "test", "--samples", root / "samples.npz"]
+
+
 def script(name, *flags, ranks=1, check=True, timeout=300, **env):
     """Run a command of scripts/ or evaluations/ as a user would, alone or by mpiexec; returns the finished process."""
     launcher = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []

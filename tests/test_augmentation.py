@@ -3,11 +3,13 @@
 import csv
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch as th
-from helpers import script
+from gait_pictures import patterned
+from helpers import save_sets, script
 from PIL import Image
 
 from evaluations import augmentation, study
@@ -17,8 +19,9 @@ from evaluations.study import ALONE, ARMS, CONTROLS, DUPLICATES, GENERATED, MASK
 from evaluations.user_classifier import BATCH, Judgement, train_user_classifier
 from guided_diffusion_vae.config import UserError
 
-USERS, WAYS = 4, 4
+USERS = 4
 NAMES = [f"user_{i:02d}" for i in range(USERS)]
+walks = partial(patterned, users=USERS, size=8)
 lessons = []  # (images, options) that the stand-in was given
 
 
@@ -38,15 +41,6 @@ class Nearest:
 def by_neighbours(monkeypatch):
     lessons.clear()
     monkeypatch.setattr(augmentation, "train_user_classifier", Nearest)
-
-
-def walks(seed, each=8, ways=WAYS):
-    """Every user has four ways to walk, each a pattern of its own, all equally alike; of these the first `ways`."""
-    patterns = np.random.RandomState(7).randint(40, 215, (USERS, WAYS, 8, 8, 3))
-    rng = np.random.RandomState(seed)
-    users = np.repeat(np.arange(USERS), each)
-    pixels = patterns[users, np.tile(np.arange(each) % ways, USERS)] + rng.randint(-20, 21, (len(users), 8, 8, 3))
-    return ImageSet(pixels.astype(np.uint8), users, NAMES)
 
 
 def noise(each):
@@ -270,21 +264,7 @@ def test_the_numbers_of_images_are_read_as_words():
 @pytest.mark.slow
 def test_the_command(tmp_path):
     th.manual_seed(0)
-    for split, images in (("train", walks(0, each=4)), ("test", walks(1, each=2))):
-        for place, (image, user) in enumerate(zip(images.pixels, images.labels, strict=True)):
-            path = tmp_path / split / NAMES[user] / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    samples = walks(2, each=2)
-    np.savez(tmp_path / "samples.npz", samples.pixels, samples.labels)
-    flags = [
-        "--real_dir",
-        tmp_path / "train",
-        "--heldout_dir",
-        tmp_path / "test",
-        "--samples",
-        tmp_path / "samples.npz",
-    ]
+    flags = save_sets(tmp_path, walks(0, each=4), walks(1, each=2), walks(2, each=2))
     done = script("augmentation_study.py", *flags, "--ks", "1,2", "--seeds", 1, "--steps", 2)
     assert "k = 2: generated images" in done.stdout
     assert len(list(csv.DictReader((tmp_path / "augmentation" / "study.csv").open()))) == 14

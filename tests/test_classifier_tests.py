@@ -1,21 +1,31 @@
 """What classifiers learn, in worlds whose answers are known."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch as th
+from gait_pictures import WAYS, patterned
 
 from evaluations import classifier_tests as tests
 from evaluations import user_classifier
-from evaluations.classifier_tests import classifier_tests, confusion, confusion_picture, interval_of, lessons, per_user
+from evaluations.classifier_tests import (
+    classifier_tests,
+    confusion,
+    confusion_picture,
+    interval_of,
+    lessons,
+    share_right,
+)
 from evaluations.image_sets import ImageSet
 from evaluations.shortcut import Shortcut
 from evaluations.user_classifier import to_input
 from guided_diffusion_vae.config import UserError
 
-USERS, WAYS = 6, 4
+USERS = 6
 NAMES = [f"user_{i:02d}" for i in range(USERS)]
+walks = partial(patterned, users=USERS, size=16)
 
 
 class Nearest(th.nn.Module):
@@ -33,15 +43,6 @@ class Nearest(th.nn.Module):
 @pytest.fixture
 def by_neighbours(monkeypatch):
     monkeypatch.setattr(tests, "train_user_classifier", Nearest)
-
-
-def walks(seed, each=8, ways=WAYS):
-    """Every user has four ways to walk, each a pattern of its own, all equally alike; of these the first `ways`."""
-    patterns = np.random.RandomState(7).randint(40, 215, (USERS, WAYS, 16, 16, 3))
-    rng = np.random.RandomState(seed)
-    users = np.repeat(np.arange(USERS), each)
-    pixels = patterns[users, np.tile(np.arange(each) % ways, USERS)] + rng.randint(-20, 21, (len(users), 16, 16, 3))
-    return ImageSet(pixels.astype(np.uint8), users, NAMES)
 
 
 def found_in(train, heldout, samples, **options):
@@ -141,7 +142,7 @@ def test_one_user_alone_has_a_spread_of_one():
 
 
 def test_the_mean_over_users_counts_every_user_alike():
-    right = per_user(np.array([0, 0, 0, 1, 2]), np.array([0, 0, 0, 1, 1]), 3)
+    right = share_right(np.array([0, 0, 0, 1, 2]), np.array([0, 0, 0, 1, 1]), 3)
     assert right[:2].tolist() == [1, 0.5] and np.isnan(right[2])
 
 

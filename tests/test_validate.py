@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import ROOT, script
+from helpers import ROOT, save_sets, script
 from PIL import Image
 
 from evaluations import validation
@@ -306,21 +306,7 @@ def test_the_parts_are_called_as_they_are_meant_to_be(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    for split, images in (("train", noise(0, each=4)), ("test", noise(1, each=2))):
-        for place, (image, user) in enumerate(zip(images.pixels, images.labels, strict=True)):
-            path = tmp_path / split / NAMES[user] / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    samples = noise(2, each=2)
-    np.savez(tmp_path / "samples.npz", samples.pixels, samples.labels)
-    flags = [
-        "--real_dir",
-        tmp_path / "train",
-        "--heldout_dir",
-        tmp_path / "test",
-        "--samples",
-        tmp_path / "samples.npz",
-    ]
+    flags = save_sets(tmp_path, noise(0, each=4), noise(1, each=2), noise(2, each=2))
     done = script("validate.py", *flags, "--parts", "sifting,leaks")
     out = tmp_path / "validation"
     written = {out / "report.html", out / "report.json", out / "accepted.csv", *out.glob("*.png")}
