@@ -23,6 +23,7 @@ import numpy as np
 from scipy.linalg.lapack import dpstrf
 
 BLOCK = 1024  # rows at a time
+ROWS = 4096  # of which a covariance is summed at a time; fewer spend their time on adding up matrices
 SUBSET = 1000  # most rows of a subset of the kernel distance
 FEWEST_USERS = 3  # users that an interval can be drawn from
 DOUBT = 1e-8  # share of a nuclear norm that rounding may make up
@@ -58,8 +59,8 @@ def moments(features) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(mean).all():
         raise ValueError(refusal)
     scatter = np.zeros((len(mean), len(mean)))
-    for i in range(0, len(features), BLOCK):
-        centred = features[i : i + BLOCK] - mean
+    for i in range(0, len(features), ROWS):
+        centred = features[i : i + ROWS] - mean
         scatter += centred.T @ centred
     return mean, scatter / (len(features) - 1)
 
@@ -85,7 +86,7 @@ def frechet_distance(x, y) -> float:
 
 def frechet_of_roots(root1: np.ndarray, root2: np.ndarray) -> float:
     """tr S1 + tr S2 - 2 tr (S1 S2)^(1/2), from R1 and R2 with S = R^T R: the part of FD that is no shift."""
-    return float((root1**2).sum() + (root2**2).sum() - 2 * nuclear_norm(root1 @ root2.T))
+    return float(np.linalg.norm(root1) ** 2 + np.linalg.norm(root2) ** 2 - 2 * nuclear_norm(root1 @ root2.T))
 
 
 def mean_and_root(features) -> tuple[np.ndarray, np.ndarray]:
@@ -106,8 +107,12 @@ def mean_and_root(features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def covariance_root(cov) -> np.ndarray:
-    """R (rank, d) with R^T R = cov (d, d), by Cholesky's method with pivots, so that any rank will do."""
+    """R (rank, d) with R^T R = cov (d, d), by Cholesky's method; with pivots, at twice the cost, where rank is lacking."""
     cov = np.asarray(cov, dtype=np.float64)
+    try:
+        return np.linalg.cholesky(cov).T
+    except np.linalg.LinAlgError:
+        pass
     lower, pivots, rank, _ = dpstrf(cov, lower=1)
     root = np.empty((rank, len(cov)))
     root[:, pivots - 1] = np.tril(lower)[:, :rank].T
