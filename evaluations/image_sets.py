@@ -181,6 +181,12 @@ def renumber(images: ImageSet, class_names: list[str], flag: str) -> ImageSet:
     return images._replace(labels=place[images.labels], class_names=class_names)
 
 
+def shuffle_pixels(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same colours in another order, in every image (N, H, W, 3) another."""
+    flat = pixels.reshape(len(pixels), -1, 3)
+    return np.stack([rng.permutation(image) for image in flat]).reshape(pixels.shape)
+
+
 def beside(samples, name: str) -> Path:
     """The folder for what is said of samples: in the sampler's folder, or where the .npz lies."""
     given = Path(samples)

@@ -15,11 +15,12 @@ import numpy as np
 
 from guided_diffusion_vae.config import UserError, refuse_below
 
-from .image_sets import ImageSet
+from .image_sets import ImageSet, shuffle_pixels
 from .manifold import NEIGHBOURS, fidelity, near_copy_rate, nearest
+from .physics import as_points, detect_colormap
 from .report import GENERATED, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
 from .statistics import frechet_distance, kernel_distance
-from .user_classifier import SIZE, Judgement, to_input, train_user_classifier
+from .user_classifier import SIZE, Judgement, train_user_classifier
 
 ASIDE = 6  # every sixth training image of a user is kept from the judge
 FEWEST = 4  # images a user, so that three remain to learn from
@@ -121,12 +122,6 @@ def spread(labels: np.ndarray | None, n: int, count: int) -> np.ndarray:
     return order[np.arange(count) * n // count]
 
 
-def shuffle_pixels(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same colours in another order, in every image (N, H, W, 3) another."""
-    flat = pixels.reshape(len(pixels), -1, 3)
-    return np.stack([rng.permutation(image) for image in flat]).reshape(pixels.shape)
-
-
 def _per_user(images: ImageSet, right: np.ndarray) -> dict[str, float]:
     """User -> share of right judgements, of the users who are shown."""
     return {images.class_names[user]: float(right[images.labels == user].mean()) for user in np.unique(images.labels)}
@@ -160,11 +155,12 @@ def _distance(features: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 
 def _copying(train: ImageSet, sets: dict[str, ImageSet]) -> dict[str, dict[str, float]]:
-    """How near each set is to the training images, pixel by pixel; images set aside do not count themselves."""
-    learned = to_input(train.pixels).flatten(1).numpy()
+    """How near each set is to the training images as pictures; images set aside do not count themselves."""
+    colormap = detect_colormap(train.pixels)
+    learned = as_points(train.pixels, colormap)
     count = min(NEIGHBOURS, len(learned) - 1)
     near = {
-        name: nearest(to_input(images.pixels).flatten(1).numpy(), learned, count=count, skip=int(name == SAME))
+        name: nearest(as_points(images.pixels, colormap), learned, count=count, skip=int(name == SAME))
         for name, images in sets.items()
     }
     usual = np.median(near[OTHER][:, 0])

@@ -29,10 +29,9 @@ from .image_sets import ImageSet
 from .leaks import IN_PLACE, SHIFTED, Found, find_twins, make_small, picture
 from .manifold import NEIGHBOURS, near_copy_rate, neighbours
 from .measure import set_aside
-from .physics import detect_colormap, thumbnails
+from .physics import as_points, detect_colormap
 from .statistics import bootstrap_interval
 
-SIDE = 32  # of the pictures whose distances are measured
 NOISE = 0.1  # of a copy, in units of the usual distance between training images
 MOST_COPIES = 2000  # that numbers are compared with
 MOST_REAL = 500  # real images that twins are looked for of
@@ -106,11 +105,6 @@ def closest_pairs(feats, train, found: Near, count: int) -> Pairs:
     return Pairs(first[order], places[order], exact[order])
 
 
-def features(images: ImageSet, colormap: str) -> np.ndarray:
-    """Pictures as values in [0, 1], averaged to 32 x 32: (N, 1024) float32."""
-    return thumbnails(images.pixels, colormap, (SIDE, SIDE)).reshape(len(images.pixels), -1)
-
-
 def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed: int = 0) -> Section:
     """The section of the report: each number beside that of real images of the same sessions and that of copies.
 
@@ -127,14 +121,14 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
         few = f"{total} training, {len(heldout.pixels)} held-out and {len(samples.pixels)} generated images"
         return Section(title="Memorisation", notes=[f"{few} are too few to look for copies"])
     colormap = detect_colormap(train.pixels)
-    learned = features(train, colormap)
+    learned = as_points(train.pixels, colormap)
     among = near_each_other(learned)
     count = min(len(samples.pixels), MOST_COPIES)
     kinds = {
-        "value": features(samples, colormap),
+        "value": as_points(samples.pixels, colormap),
         "real": learned[aside],
         "worst": copies(learned, count, rng, float(np.median(among.distances[:, 0]))),
-        "other": features(heldout, colormap),
+        "other": as_points(heldout.pixels, colormap),
     }
     own = {"real": aside}
     several = min(NEIGHBOURS, total - 1)

@@ -21,11 +21,11 @@ from scipy.stats import wasserstein_distance
 from guided_diffusion_vae.data.spectrogram import ANCHORS, row_axis, unit_from_colours
 
 from .findings import Finding, Section, Table
-from .image_sets import ImageSet
-from .measure import shuffle_pixels
+from .image_sets import ImageSet, shuffle_pixels
 from .statistics import mean_interval
 
 BLOCK = 2**19  # pixels at a time
+SIDE = 32  # of the pictures whose distances are measured
 LUMINANCE = "luminance"
 OFF_THE_MAP = 25.0  # mean distance, in 8-bit levels, from which on a picture is not in the colours of a map
 CLIP_DB = 45.0  # what the colours are assumed to span, where nobody says
@@ -111,6 +111,11 @@ def thumbnails(pixels: np.ndarray, colormap: str, size: tuple[int, int]) -> np.n
         values = values_of(pixels[i : i + step], colormap)[0].astype(np.float32)
         parts.append(F.interpolate(th.from_numpy(values)[:, None], size=size, mode="area")[:, 0].numpy())
     return np.concatenate(parts)
+
+
+def as_points(pixels: np.ndarray, colormap: str) -> np.ndarray:
+    """Images (N, H, W, 3) as points whose distances are those of the pictures: values of 32 x 32, (N, 1024) float32."""
+    return thumbnails(pixels, colormap, (SIDE, SIDE)).reshape(len(pixels), -1)
 
 
 def measure_physics(

@@ -6,8 +6,9 @@ from . import official
 from .batches import ArrayBatch, Batch
 from .features import FeatureSpace
 from .findings import Finding, Section
+from .image_sets import shuffle_pixels
 from .manifold import Fidelity, fidelity
-from .measure import FEWEST_IN_SET, shuffle_pixels
+from .measure import FEWEST_IN_SET
 from .statistics import frechet_floor, kernel_distance
 
 MANY, MANY_SPLITS, FEW_SPLITS = 256, 3, 10  # above so many dimensions fewer splits of the floor

@@ -26,8 +26,7 @@ from guided_diffusion_vae.checkpoint import save_csv
 from guided_diffusion_vae.config import UserError
 
 from .findings import Finding, Section, Table
-from .image_sets import ImageSet
-from .measure import shuffle_pixels
+from .image_sets import ImageSet, shuffle_pixels
 from .physics import (
     LEAST,
     LUMINANCE,

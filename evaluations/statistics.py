@@ -107,7 +107,7 @@ def mean_and_root(features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def covariance_root(cov) -> np.ndarray:
-    """R (rank, d) with R^T R = cov (d, d), by Cholesky's method; with pivots, at twice the cost, where rank is lacking."""
+    """R (rank, d) with R^T R = cov (d, d), by Cholesky's method; with pivots, at twice the cost, if rank is lacking."""
     cov = np.asarray(cov, dtype=np.float64)
     try:
         return np.linalg.cholesky(cov).T

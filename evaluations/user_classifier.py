@@ -82,8 +82,8 @@ def _conv(channels: int, out: int, kernel: int, stride=1) -> list[nn.Module]:
 
 def to_input(pixels: np.ndarray) -> th.Tensor:
     """uint8 (N, H, W, 3) as (N, 3, 64, 64) in [-1, 1]; other sizes are averaged over the area of a pixel."""
-    parts = th.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).split(CHUNK)
-    return th.cat([F.interpolate(part / 127.5 - 1, size=(SIZE, SIZE), mode="area") for part in parts])
+    x = th.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    return x.contiguous() if x.shape[2:] == (SIZE, SIZE) else F.interpolate(x, size=(SIZE, SIZE), mode="area")
 
 
 def train_user_classifier(
@@ -138,10 +138,9 @@ def learn(
         title: of the progress bar; None shows none.
         batches: (users (N,), size, steps) -> as many batches of indices; by default one shuffled pass after another.
     """
-    x = to_input(pixels).contiguous(memory_format=th.channels_last)  # a third faster on a CPU
     y = th.as_tensor(users, dtype=th.long)
-    batch = min(BATCH, len(x))
-    steps = steps or steps_of(epochs, len(x))
+    batch = min(BATCH, len(y))
+    steps = steps or steps_of(epochs, len(y))
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
         model = build().to(memory_format=th.channels_last).train()
@@ -149,7 +148,8 @@ def learn(
         schedule = th.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
         chosen_ones = (batches or shuffled)(y, batch, steps)
         for chosen in tqdm(chosen_ones, total=steps, desc=title, disable=None if title else True):
-            value = loss(model, augment(x[chosen]) if augmented else x[chosen], y[chosen])
+            x = to_input(pixels[chosen.numpy()]).contiguous(memory_format=th.channels_last)  # a third faster on a CPU
+            value = loss(model, augment(x) if augmented else x, y[chosen])
             optimiser.zero_grad()
             value.backward()
             optimiser.step()

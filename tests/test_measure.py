@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations import measure, report, user_classifier
+from evaluations import image_sets, measure, report, user_classifier
 from evaluations.image_sets import ImageSet, read_folder, read_samples, renumber
 from guided_diffusion_vae.config import UserError
 
@@ -71,7 +71,7 @@ def test_what_is_set_aside_and_what_is_compared():
 
 def test_shuffled_pixels_keep_their_colours():
     pixels = images(0).pixels
-    shuffled = measure.shuffle_pixels(pixels, np.random.default_rng(0))
+    shuffled = image_sets.shuffle_pixels(pixels, np.random.default_rng(0))
     assert not np.array_equal(pixels, shuffled)
     for a, b in zip(pixels, shuffled, strict=True):
         assert sorted(map(tuple, a.reshape(-1, 3))) == sorted(map(tuple, b.reshape(-1, 3)))

@@ -5,8 +5,7 @@ import pytest
 from gait_pictures import bands, line, simulated, walks
 
 from evaluations import physics as ph
-from evaluations.image_sets import ImageSet
-from evaluations.measure import shuffle_pixels
+from evaluations.image_sets import ImageSet, shuffle_pixels
 from guided_diffusion_vae.data.spectrogram import ANCHORS, colours_from_unit
 
 measure = ph.measure_physics

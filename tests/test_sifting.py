@@ -7,7 +7,7 @@ import pytest
 from gait_pictures import simulated, walks
 
 from evaluations import sifting as si
-from evaluations.measure import shuffle_pixels
+from evaluations.image_sets import shuffle_pixels
 from evaluations.sifting import Sifter, sifting, write_accept_list
 from guided_diffusion_vae.config import UserError
 
