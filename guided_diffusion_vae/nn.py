@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from . import channels_last
 from .config import UserError
 
 
@@ -21,8 +22,16 @@ class SiLU(nn.Module):
 class GroupNorm32(nn.GroupNorm):
     """Group norm computed in float32, whatever the dtype of its input."""
 
-    def forward(self, x):
-        return super().forward(x.float()).type(x.dtype)
+    def forward(self, x, scale=None, shift=None):
+        """norm(x), or norm(x) (1 + scale) + shift with both of (N, C, 1, ...)."""
+        if not channels_last.innermost(x):
+            h = super().forward(x.float()).type(x.dtype)
+            return h if scale is None else h * (1 + scale) + shift
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            scale, shift = scale.flatten(1), shift.flatten(1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        return channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
 
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:

@@ -194,7 +194,8 @@ def create_latent_classifier(config: LatentClassifierConfig, vae, *, num_classes
             f" or leave the {side} out of --classifier_attention_resolutions {config.classifier_attention_resolutions}"
         )
     settings |= {"image_size": side, "channel_mult": ",".join(map(str, levels))}
-    return create_classifier(**settings, in_channels=channels, num_classes=num_classes)
+    model = create_classifier(**settings, in_channels=channels, num_classes=num_classes)
+    return model.to(memory_format=th.channels_last)
 
 
 def load_classifier(path, vae, *, run, class_names: list[str] | None = None) -> tuple[th.nn.Module, list[str]]:

@@ -56,7 +56,7 @@ def open_model(run: Run, record: dict) -> Trained:
     """
     stats = Path(run.model_path).with_name(STATS)
     vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats)
-    vae.to(dist_util.dev(), memory_format=th.channels_last)  # decodes a quarter faster on a CPU
+    vae.to(dist_util.dev(), memory_format=th.channels_last)
     class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
     return Trained(load_network(run, vae, num_classes=len(class_names)), vae, class_names)
 

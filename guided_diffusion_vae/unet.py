@@ -15,6 +15,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
+from . import channels_last
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
 from .nn import (
     avg_pool_nd,
@@ -58,6 +59,8 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         assert x.shape[1] == self.channels
+        if self.use_conv and channels_last.innermost(x):
+            return channels_last.upsample_conv(x, self.conv)
         scale = (1, 2, 2) if self.dims == 3 else 2
         x = F.interpolate(x, scale_factor=scale, mode="nearest")
         return self.conv(x) if self.use_conv else x
@@ -136,10 +139,11 @@ class ResBlock(TimestepBlock):
         e = self.emb_layers(emb).type(h.dtype)
         e = e.view(*e.shape, *[1] * (h.ndim - 2))
         if self.use_scale_shift_norm:
-            scale, shift = e.chunk(2, dim=1)
-            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+            h = self.out_layers[1:](self.out_layers[0](h, *e.chunk(2, dim=1)))
         else:
             h = self.out_layers(h + e)
+        if channels_last.innermost(x) and not (self.use_conv or isinstance(self.skip_connection, nn.Identity)):
+            return channels_last.pointwise(x, self.skip_connection) + h
         return self.skip_connection(x) + h
 
 
@@ -152,6 +156,10 @@ class QKVAttentionLegacy(nn.Module):
 
     def forward(self, qkv):
         return _attend(qkv.unflatten(1, (self.n_heads, 3, -1)), 2)
+
+    def of_rows(self, qkv):
+        """The same with channels innermost: (N, T, H * 3 * d) to (N, T, H * d)."""
+        return _attend_rows(qkv.unflatten(2, (self.n_heads, 3, -1)).permute(3, 0, 2, 1, 4))
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -168,6 +176,10 @@ class QKVAttention(nn.Module):
     def forward(self, qkv):
         return _attend(qkv.unflatten(1, (3, self.n_heads, -1)), 1)
 
+    def of_rows(self, qkv):
+        """The same with channels innermost: (N, T, 3 * H * d) to (N, T, H * d)."""
+        return _attend_rows(qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4))
+
     @staticmethod
     def count_flops(model, _x, y):
         return count_flops_attn(model, _x, y)
@@ -180,6 +192,11 @@ def _attend(qkv, part):
         rows = rows.contiguous()  # fused kernels want d innermost; training on CPU sums in upstream's order instead
     q, k, v = rows.unbind(part)
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+
+
+def _attend_rows(qkv):
+    """softmax(q k / sqrt(d)) v of q, k, v (3, N, H, T, d), d innermost; returns (N, T, H * d)."""
+    return F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)
 
 
 def count_flops_attn(model, _x, y):
@@ -214,8 +231,16 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
+        if channels_last.innermost(x):
+            return x + self._of_rows(self.norm(x))
         flat = x.flatten(2)
         return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).view(x.shape)
+
+    def _of_rows(self, x):
+        """The attention of x (N, C, H, W), channels innermost."""
+        qkv = channels_last.pointwise(x, self.qkv)
+        out = self.attention.of_rows(channels_last.rows(qkv))
+        return channels_last.pointwise(channels_last.as_image(out, x), self.proj_out)
 
 
 class AttentionPool2d(nn.Module):

@@ -8,7 +8,10 @@ import guided_diffusion_vae
 PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"},
-    {"nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching", "guidance", "samplers", "denoiser"},
+    {
+        *("channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
+        *("guidance", "samplers", "denoiser"),
+    },
     {"fp16_util", "unet", "dit", "model_flags"},
     {
         *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),

@@ -10,6 +10,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .. import channels_last
 from ..nn import checkpoint
 from .base import Posterior
 
@@ -107,6 +108,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
+        if channels_last.innermost(x):
+            return channels_last.upsample_conv(x, self.conv)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
