@@ -32,6 +32,8 @@ BLOCK_BYTES = 1 << 28  # of images at a time, however large one is
 SMALL_BYTES = 1 << 28  # of a member that is loaded whole: labels, statistics
 WHOLE_BYTES = 1 << 32  # of images whose order on disk (Fortran's) does not let them be read a few at a time
 ROUNDING = 1e-5  # of the largest entry: how far a stored covariance may be from symmetric
+PARTS = "train", "val", "valid", "validation", "test"  # of a data set, which two subfolders of these names make
+NAMED = 8  # arrays of an .npz that an error lists
 
 
 class Batch:
@@ -101,6 +103,12 @@ class FolderBatch(Batch):
     """
 
     def __init__(self, path, flag: str, *, image_size: int = 0, skip_bad_images: bool = False, say=print):
+        parts = [name for name in PARTS if (Path(path) / name).is_dir()]
+        if len(parts) > 1:
+            raise UserError(
+                f"{flag} {path} holds {', '.join(parts)}, which are not one set: give one, such as"
+                f" {Path(path) / parts[0]}"
+            )
         with _naming(flag):
             found = list_images(pngs_of(Path(path), flag))
             if skip_bad_images:
@@ -216,9 +224,12 @@ class NpzBatch(Batch):
         lacking = [name for name in STATISTICS if name not in self.members]
         if "arr_0" not in self.members:
             what = "has statistics but" if len(lacking) < len(STATISTICS) else "has"
+            found = sorted(" ".join(name.split()) for name in self.members)
+            more = ", ..." if len(found) > NAMED else ""
             raise UserError(
                 f"{self._at} {what} no images (arr_0): precision and recall, and every set that is judged, need the"
-                " images; make the file with make_reference.py or image_sample_vae.py"
+                f" images; it holds {', '.join(found[:NAMED]) or 'nothing'}{more}: make the file with make_reference.py"
+                " or image_sample_vae.py"
             )
         if "mu" in self.members and lacking:
             raise UserError(

@@ -6,7 +6,8 @@ REF and SAMPLE are .npz files (arr_0: uint8 (N, height, width, 3)) or folders of
 in their order and spelling (the progress lines before them, too, but for the word TensorFlow), and after them numbers
 that those five need to be understood. Progress bars and warnings go to standard error. Inception's weights must be
 brought along; without them user or vae features take their place, every number bears their name, and none is called
-FID. As a module: python -m evaluations.evaluator.
+FID; nor is there an sFID, which other features have not. User features are learned from half of REF: give the folder
+with most real images. As a module: python -m evaluations.evaluator.
 """
 
 import os
@@ -33,10 +34,12 @@ from evaluations.features import (
     inception_space,
     learn_user_space,
     saved_user_space,
+    tested,
     vae_space,
 )
 from evaluations.findings import Finding, Section
 from evaluations.html import as_dict, refuse_unwritable, render, write_json, write_text
+from evaluations.inception import WHERE_TO_GET, find_weights
 from evaluations.manifold import Fidelity, fidelity
 from evaluations.measure import FEWEST_IN_SET
 from evaluations.side_by_side import at_the_same_number, shuffled
@@ -46,6 +49,7 @@ from guided_diffusion_vae.config import UserError, create_argparser, parse_run, 
 
 SUBSETS = 100  # of the kernel distance
 HALF_FLAW = 0.01  # more than this between official and exact precision or recall is worth a warning
+SAMPLES = "samples_*x*x*x3.npz"  # what the sampler calls them
 TITLE = "Generated images against reference images"
 
 
@@ -74,7 +78,7 @@ class EvaluatorConfig:
 
 
 def main(argv=None):
-    parser = create_argparser(EvaluatorConfig, description=__doc__)
+    parser = create_argparser(EvaluatorConfig, description=f"{__doc__}\nInception's weights: {WHERE_TO_GET}.")
     parser.add_argument("ref_batch", metavar="REF", help="reference: .npz or folder of real images")
     parser.add_argument("sample_batch", metavar="SAMPLE", help=".npz or folder of generated images")
     paths, run = parser.parse_args(argv), parse_run(parser, argv)
@@ -86,11 +90,11 @@ def main(argv=None):
         open_batch(path, flag, grey_to_rgb=run.grey_to_rgb, skip_bad_images=run.skip_bad_images, say=_warn)
         for path, flag in ((paths.ref_batch, "REF"), (paths.sample_batch, "SAMPLE"))
     )
-    warnings = input_warnings(ref, sample)
+    space = choose_space(run, ref)
+    warnings = input_warnings(ref, sample, space)
     for warning in warnings:
         _warn(warning)
     print("warming up...", flush=True)
-    space = choose_space(run, ref)
     print("computing reference batch activations...", flush=True)
     ref_features = extracted(space, ref, run.cache_dir)
     print("computing/reading reference batch statistics...", flush=True)
@@ -100,18 +104,26 @@ def main(argv=None):
     print("computing/reading sample batch statistics...", flush=True)
     sample_features |= stored_statistics(space, sample, sample_features)
     print("Computing evaluations...", flush=True)
+    if space.learned is not None:
+        space, weak = tested(space, ref.labels, ref_features["probabilities"])
+        warnings += weak
+        for warning in weak:
+            _warn(warning)
+    if space.class_weight is None:
+        lacking = "no sFID" if "probabilities" in ref_features else "no Inception Score and no sFID"
+        print(f"features: {space.about}; {lacking}, which only Inception has", flush=True)
     numbers = headline(space, ref_features, sample_features)
     for name, value in numbers.items():
         print(f"{name}: {value}", flush=True)
 
-    x, y, notes, lines = compared(space, ref_features), sample_features["pool"], [], {}
+    x, y, notes, lines, more = compared(space, ref_features), sample_features["pool"], [], {}, {}
     findings = as_findings(space, numbers, ref_features, sample_features)
     sections = [Section(title="The evaluator's numbers", findings=findings, notes=warnings)]
     if run.extras:
-        lines, notes = beyond(space, numbers, ref_features, sample_features, seed=run.seed)
+        lines, more, notes = beyond(space, numbers, ref_features, sample_features, seed=run.seed)
         worst = shuffled(space, ref, run.seed)
-        section, floor_lines = at_the_same_number(space, x, y, worst, seed=run.seed)
-        lines |= floor_lines
+        section, floor_lines, floor_numbers = at_the_same_number(space, x, y, worst, seed=run.seed)
+        lines, more = lines | floor_lines, more | floor_numbers
         for name, text in lines.items():
             print(f"{name}: {text}")
         for note in notes:
@@ -125,7 +137,7 @@ def main(argv=None):
         **{"torch": th.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
     if run.json:
-        also = {"numbers": numbers, "more": lines}
+        also = {"numbers": numbers, "more": more if space.class_weight is None else lines}  # Inception's: as ever
         write_json(run.json, also | as_dict(TITLE, sections, about | {"digests": [ref.digest, sample.digest]}))
     if run.html:
         write_text(run.html, render(TITLE, sections, about))
@@ -152,17 +164,21 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
     on_device = options | {"device": dist_util.dev()}
     name = run.features
     if name in ("", "inception"):
-        from evaluations.inception import WHERE_TO_GET, find_weights
-
         weights = find_weights(run.inception_weights)
         if weights is not None:
             if not run.check_weights:
                 _warn(f"the weights {weights} are unchecked: no number is called FID, all bear inception-unchecked")
             return inception_space(weights, check=run.check_weights, **on_device)
         if name:
-            raise UserError(f"--features inception needs its weights (--inception_weights). {WHERE_TO_GET}")
+            raise UserError(
+                "--features inception needs its weights: give --inception_weights or INCEPTION_WEIGHTS; --help tells"
+                " where to get them"
+            )
         name = "user" if can_learn_users(ref) else "vae"
-        print(f"no weights of Inception found: no FID, but numbers of {name} features. {WHERE_TO_GET}", flush=True)
+        _warn(
+            "no weights of Inception (--inception_weights or INCEPTION_WEIGHTS): no FID, but numbers of"
+            f" {name} features; --help tells where to get them"
+        )
     if name == "user":
         return learn_user_space(ref, seed=run.seed, **options)
     if name == "vae":
@@ -174,15 +190,30 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
     return saved_user_space(name, **options)
 
 
-def input_warnings(ref: Batch, sample: Batch) -> list[str]:
+def input_warnings(ref: Batch, sample: Batch, space: FeatureSpace) -> list[str]:
     """What is no error but makes numbers mean less."""
     warnings = [*ref.notes, *sample.notes]
     if ref.shape[1:3] != sample.shape[1:3]:
-        (h, w), (height, width) = ref.shape[1:3], sample.shape[1:3]
-        warnings.append(f"REF is {h} x {w} and SAMPLE {height} x {width}: the distance is also one of resolutions")
-    if os.path.exists(ref.path) and os.path.samefile(ref.path, sample.path):
-        warnings.append("REF and SAMPLE are the same file: the distance is 0 but for rounding")
+        (h, w), (height, width), side = ref.shape[1:3], sample.shape[1:3], space.size
+        resized = " and ".join(batch.flag for batch in (ref, sample) if batch.shape[1:3] != (side, side))
+        seen = f"{resized} brought to {side} x {side} for the {space.name} features, which may add to the distance"
+        seen = seen if side else "the distance is also one of resolutions"
+        warnings.append(f"REF is {h} x {w} and SAMPLE {height} x {width}: {seen}")
+    if ref.shape == sample.shape and all(map(np.array_equal, ref.iterate(), sample.iterate())):
+        warnings.append("REF and SAMPLE hold the same images: the numbers say nothing about generated ones")
+    if is_of_sampler(ref.path):
+        warnings.append(
+            f"REF {ref.path} looks like the sampler's: it should be real images; are REF and SAMPLE swapped?"
+        )
     return warnings
+
+
+def is_of_sampler(path) -> bool:
+    """Whether a file is called as the sampler calls its samples, or a folder (or the one its png/ is in) has such."""
+    path = Path(path)
+    if not path.is_dir():
+        return path.match(SAMPLES)
+    return any((path.parent if path.name == "png" else path).glob(SAMPLES))
 
 
 def stored_statistics(space: FeatureSpace, batch: Batch, features: dict) -> dict[str, official.Stats]:
@@ -238,12 +269,15 @@ def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
     }
 
 
-def beyond(space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int) -> tuple[dict[str, str], list[str]]:
-    """Numbers of all images that the five lack, as lines (name -> text), and warnings about the five."""
+def beyond(
+    space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int
+) -> tuple[dict[str, str], dict[str, float], list[str]]:
+    """Numbers of all images that the five lack, in words and as numbers, by name; and warnings about the five."""
     x, y, end = compared(space, ref), sample["pool"], space.ending
     n, m, d = len(x), len(y), x.shape[1]
     kid, size = kernel_distance_subsets(x, y, SUBSETS, seed=seed), subset_size(n, m)
     lines, notes = {f"KID{end}": f"{kid.mean:.6g} +- {kid.std:.2g} ({SUBSETS} subsets of {size} images)"}, []
+    more = {f"KID{end}": kid.mean, f"KID{end} std": kid.std}
     few = [str(count) for count, side in ((n, ref), (m, sample)) if "stats" not in side and count <= d]
     if few:
         notes.append(
@@ -252,7 +286,7 @@ def beyond(space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int) 
         )
     if min(n, m) < FEWEST_IN_SET:
         notes.append(f"density and coverage need {FEWEST_IN_SET} images a side; here are {n} and {m}")
-        return lines, notes
+        return lines, more, notes
     near = fidelity(x, y)
     if space.class_weight is not None:
         lines |= {f"{name}{end} (fp32, centred)": f"{getattr(near, name.lower())}" for name in ("Precision", "Recall")}
@@ -263,7 +297,8 @@ def beyond(space: FeatureSpace, numbers, ref: dict, sample: dict, *, seed: int) 
             f"the Inception Score is nan, officially, as a probability is 0 in {official.underflows(probabilities)}"
             f" images; where that adds nothing it is {classifier_inception_score(probabilities):.6g}"
         )
-    return lines | {f"Density{end}": f"{near.density}", f"Coverage{end}": f"{near.coverage}"}, notes
+    last = {f"Density{end}": near.density, f"Coverage{end}": near.coverage}
+    return lines | {name: f"{value}" for name, value in last.items()}, more | last, notes
 
 
 def half_precision_warnings(numbers: dict[str, float], exact: Fidelity, end: str = "") -> list[str]:
@@ -280,6 +315,10 @@ def half_precision_warnings(numbers: dict[str, float], exact: Fidelity, end: str
 def as_findings(space: FeatureSpace, numbers: dict[str, float], ref: dict, sample: dict) -> list[Finding]:
     """The headline's numbers; a user classifier's Inception score beside that of the real images compared."""
     ends = {}
+    if space.class_weight is None:
+        n, m = len(compared(space, ref)), len(sample["pool"])
+        about = f"of all images, {n} real and {m} generated: not comparable with a distance of other numbers"
+        ends[space.distance] = {"about": about}
     if "probabilities" in ref:
         p = ref["probabilities"] if space.learned is None else ref["probabilities"][~space.learned]
         about = f"exp E KL(p(user | image) || p(user)) of {len(sample['pool'])} images; real: {len(p)} of the reference"

@@ -27,11 +27,13 @@ from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.vae_wrapper import VAEInterface
 
 from .batches import Batch
-from .user_classifier import UserClassifier, to_input, train_user_classifier
+from .statistics import classifier_inception_score
+from .user_classifier import SIZE, UserClassifier, to_input, train_user_classifier
 
 GRID = 4  # cells a side that latents are averaged over
 FEWEST = 4  # labelled images a class, so that two are learned from
 MOST_LEARNED = 20_000  # images that the user classifier learns from
+ENOUGH = 8  # images a user to learn from; below, or if it names few right, the user classifier is weak
 DINOV2_SIZE = 224
 VERSION = 1  # of the code that makes the features: a cache of another is not used
 
@@ -48,6 +50,7 @@ class FeatureSpace(NamedTuple):
     about: str = ""  # a sentence without a full stop
     class_weight: np.ndarray | None = None  # (2048, 1008) of Inception's head
     learned: np.ndarray | None = None  # (N,) bool: reference images that the space was learned from
+    size: int = 0  # side that images are brought to, where that is to be said
 
     @property
     def distance(self) -> str:
@@ -94,7 +97,7 @@ def user_space(judge: UserClassifier, *, learned=None, batch_size: int = 64, pro
         pool, logits = (th.cat(parts) for parts in zip(*seen, strict=True))
         return {"pool": pool.numpy(), "probabilities": logits.double().softmax(dim=1).numpy()}
 
-    return FeatureSpace("user", judge.fingerprint(), extract, about, learned=learned)
+    return FeatureSpace("user", judge.fingerprint(), extract, about, learned=learned, size=SIZE)
 
 
 def learn_user_space(reference: Batch, *, seed: int = 0, steps: int | None = None, **options) -> FeatureSpace:
@@ -124,10 +127,35 @@ def learn_user_space(reference: Batch, *, seed: int = 0, steps: int | None = Non
         progress=options.get("progress", False),
     )
     about = (
-        f"the 64 penultimate activations of a user classifier that learned from {len(chosen)} reference images; the"
-        f" other {int((~learned).sum())} are the reference here; compare within this report only"
+        "the 64 penultimate activations, to compare within this report only, of a user classifier that learned from"
+        f" {len(chosen)} images of {int(users.max()) + 1} users; the reference is the other {int((~learned).sum())}"
     )
     return user_space(judge, learned=learned, about=about, **options)
+
+
+def tested(space: FeatureSpace, labels, probabilities) -> tuple[FeatureSpace, list[str]]:
+    """A learned user space that also says how many images it names right, of those it has not learned from.
+
+    Args:
+        labels, probabilities: of the reference, (N,) and (N, K).
+    Returns:
+        the space, and a warning if it is weak: fewer than 8 images a user to learn from, or right less often than 3
+        times by chance (of fewer than 5 users, half way from chance to always).
+    """
+    users, aside = np.unique(labels, return_inverse=True)[1], ~space.learned
+    k = int(users.max()) + 1
+    right, wanted = float((probabilities.argmax(axis=1) == users)[aside].mean()), min(3 / k, (1 + 1 / k) / 2)
+    each, warnings = min(int(space.learned.sum()), MOST_LEARNED) / k, []
+    if each < ENOUGH or right < wanted:
+        warnings.append(
+            f"{space.name} features are weak: {each:.3g} images a user to learn from ({ENOUGH} wanted), {right:.0%} of"
+            f" the others named right ({wanted:.0%} wanted): give the training folder as REF, or more images"
+        )
+    score = classifier_inception_score(probabilities[aside])
+    about = (
+        f"{space.about}, of which it names {right:.0%} right (chance {1 / k:.0%}), IS_{space.name} {score:.3g} of {k}"
+    )
+    return space._replace(about=about), warnings
 
 
 def saved_user_space(path, **options) -> FeatureSpace:
@@ -153,7 +181,8 @@ def vae_space(vae_path: str, *, batch_size: int = 64, device="cpu", progress=Fal
         latents = (vae.encode_batch(to_input(images).to(device)) for images in _seen(batch, batch_size, progress))
         return {"pool": th.cat([F.adaptive_avg_pool2d(z, GRID).flatten(1).cpu() for z in latents]).numpy()}
 
-    return FeatureSpace("vae", vae.fingerprint, extract, f"latents of {vae_path}, averaged over {GRID} x {GRID} cells")
+    about = f"latents of {vae_path}, averaged over {GRID} x {GRID} cells"
+    return FeatureSpace("vae", vae.fingerprint, extract, about, size=SIZE)
 
 
 def dinov2_space(path, *, batch_size: int = 64, device="cpu", progress=False) -> FeatureSpace:
@@ -184,7 +213,7 @@ def dinov2_space(path, *, batch_size: int = 64, device="cpu", progress=False) ->
     state = hashlib.sha256()
     for name, value in sorted(model.model.state_dict().items()):
         state.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return FeatureSpace("dinov2", state.hexdigest()[:16], extract, f"DINOv2's class token, {path}")
+    return FeatureSpace("dinov2", state.hexdigest()[:16], extract, f"DINOv2's class token, {path}", size=DINOV2_SIZE)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 from evaluations.batches import Batch, open_batch
 from evaluations.features import FeatureSpace, inception_space
 from evaluations.html import refuse_unwritable
+from evaluations.inception import WHERE_TO_GET, find_weights
 from evaluations.official import official_moments
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.checkpoint import atomic_write
@@ -50,7 +51,9 @@ class ReferenceConfig:
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(ReferenceConfig, description=__doc__), argv)
+    run = parse_run(
+        create_argparser(ReferenceConfig, description=f"{__doc__}\nInception's weights: {WHERE_TO_GET}."), argv
+    )
     if run.dry_run:
         print(run)
         return
@@ -65,9 +68,9 @@ def main(argv=None):
     refuse_unwritable(run.out, "--out")
     names = ("grey_to_rgb", "image_size", "skip_bad_images")
     batch = open_batch(run.data_dir, "--data_dir", say=print, **{name: getattr(run, name) for name in names})
-    for note in batch.notes:
-        print(f"warning: {note}", file=sys.stderr)
     space = _inception(run)
+    for note in batch.notes:
+        _warn(note)
     reference = make_reference(batch, space, num_images=run.num_images, seed=run.seed)
     save_reference(run.out, reference)
     n, height, width, _ = reference["arr_0"].shape
@@ -102,17 +105,22 @@ def save_reference(path, reference: dict[str, np.ndarray]) -> None:
 
 def _inception(run) -> FeatureSpace | None:
     """Inception if its weights are found; says what the reference will lack if not."""
-    from evaluations.inception import WHERE_TO_GET, find_weights
-
     weights = find_weights(run.inception_weights)
     if weights is None:
-        print(f"no weights of Inception found: the reference has images but no statistics. {WHERE_TO_GET}", flush=True)
+        _warn(
+            "no weights of Inception (--inception_weights or INCEPTION_WEIGHTS): the reference has images but no"
+            " statistics; --help tells where to get them"
+        )
         return None
     if not run.check_weights:
-        print(f"warning: {UNCHECKED}", file=sys.stderr, flush=True)
+        _warn(UNCHECKED)
     return inception_space(
         weights, check=run.check_weights, batch_size=run.batch_size, device=dist_util.dev(), progress=True
     )
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

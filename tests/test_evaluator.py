@@ -15,10 +15,12 @@ import torch as th
 from helpers import ROOT, draw_users, golden
 from PIL import Image
 
-from evaluations import evaluator, official
+from evaluations import evaluator, inception, official
 from evaluations.batches import ArrayBatch, NpzBatch, open_batch
 from evaluations.features import FeatureSpace
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run
+from guided_diffusion_vae.sample_util import Batch as Samples
+from guided_diffusion_vae.sample_util import save_samples
 
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 PROGRESS = [
@@ -164,9 +166,11 @@ def test_stored_statistics_need_no_images_for_their_rank(run):
     assert "FID of 350 images in 500 dimensions" in captured.err and "400" not in captured.err
     numbers, both = {}, {"stats": None}
     x = cloud(40, 0)
-    _, notes = evaluator.beyond(FeatureSpace("vae", "", dict), numbers, {"pool": x} | both, {"pool": x} | both, seed=0)
+    _, _, notes = evaluator.beyond(
+        FeatureSpace("vae", "", dict), numbers, {"pool": x} | both, {"pool": x} | both, seed=0
+    )
     assert not notes
-    _, notes = evaluator.beyond(FeatureSpace("vae", "", dict), numbers, {"pool": x}, {"pool": x}, seed=0)
+    _, _, notes = evaluator.beyond(FeatureSpace("vae", "", dict), numbers, {"pool": x}, {"pool": x}, seed=0)
     assert "FD_vae of 40 and 40 images in 64 dimensions" in notes[0]
 
 
@@ -198,21 +202,30 @@ def cloud(n, seed, shift=0.0):
 
 def test_equal_clouds_are_at_the_floor_and_shifted_ones_are_not():
     space = FeatureSpace("vae", "", dict)
-    section, lines = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1), cloud(200, 2, 5.0), seed=0)
+    name = "FD_vae of 200 images each"
+    section, lines, more = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1), cloud(200, 2, 5.0), seed=0)
     assert section.title == "Against real images, 200 of each"
-    assert 0.7 < float(lines["FD_vae / floor"]) < 1.4
+    assert 0.7 < more[f"{name}, ratio"] < 1.4
     distance = section.findings[0]
+    assert distance.name == name and all(f.name.endswith("_vae of 200 images each") for f in section.findings)
+    assert (more[name], more[f"{name}, real"]) == (distance.value, distance.real)
+    assert lines == {
+        name: f"generated {distance.value:.4g}, real {distance.real:.4g} (ratio {distance.value / distance.real:.4g}),"
+        f" shuffled {distance.worst:.4g}; the FD_vae above is of all images, 400 and 300, and not comparable with these"
+    }
     assert distance.worst == pytest.approx(64 * 25, rel=0.1)  # |shift|^2
     assert distance.verdict == "as real images"
-    section, lines = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1, 5.0), cloud(200, 2, 5.0), seed=0)
-    assert float(lines["FD_vae / floor"]) > 100
+    section, _, more = evaluator.at_the_same_number(
+        space, cloud(400, 0), cloud(300, 1, 5.0), cloud(200, 2, 5.0), seed=0
+    )
+    assert more[f"{name}, ratio"] > 100
     assert all(finding.verdict == "no better than the worst" for finding in section.findings)
 
 
 @pytest.mark.parametrize("count, words", [(200, "pixels are shuffled."), (150, "shuffled, only 150 of them: as few")])
 def test_how_many_are_the_worst_is_said(count, words):
     space = FeatureSpace("vae", "", dict)
-    section, _ = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1), cloud(count, 2), seed=0)
+    section, _, _ = evaluator.at_the_same_number(space, cloud(400, 0), cloud(300, 1), cloud(count, 2), seed=0)
     assert words in section.notes[-1]
 
 
@@ -249,14 +262,23 @@ def no_weights(tmp_path, monkeypatch):
 
 def test_without_weights_and_labels_the_autoencoder_sees(no_weights, tmp_path, capsys):
     ref, sample = (npz(tmp_path / f"{i}.npz", arr_0=pixels(14, 16, seed=i)) for i in range(2))
-    evaluator.main([str(ref), str(sample), "--html", str(tmp_path / "page.html")])
-    out = capsys.readouterr().out
-    assert len(re.findall("no weights of Inception found: no FID, but numbers of vae features", out)) == 1
+    evaluator.main([str(ref), str(sample), "--html", str(tmp_path / "page.html"), "--json", str(tmp_path / "n.json")])
+    out, err = capsys.readouterr()
+    first = err.splitlines()[0]
+    assert "no weights of Inception (--inception_weights or INCEPTION_WEIGHTS): no FID" in first and len(first) < 200
+    assert "numbers of vae features" in first and "no weights" not in out
     assert [line.split(":")[0] for line in out.splitlines() if line in out.split("evaluations...\n")[1]] == [
-        *("FD_vae", "Precision_vae", "Recall_vae", "KID_vae", "Density_vae", "Coverage_vae"),
-        *("FD_vae floor", "FD_vae at that number", "FD_vae / floor"),
+        *("features", "FD_vae", "Precision_vae", "Recall_vae", "KID_vae", "Density_vae", "Coverage_vae"),
+        "FD_vae of 7 images each",
     ]
+    assert "; no Inception Score and no sFID, which only Inception has\n" in out
     assert "FID:" not in out and "FID" not in (tmp_path / "page.html").read_text()
+
+    kept, found = json.loads((tmp_path / "n.json").read_text()), {}
+    names = [(f["name"], f["value"]) for section in kept["sections"] for f in section["findings"]]
+    for name, value in [*kept["numbers"].items(), *kept["more"].items(), *names]:
+        assert isinstance(value, float) and found.setdefault(name, value) == value, name
+    assert "FD_vae of 7 images each, shuffled" in found
 
 
 def test_without_weights_labels_make_a_user_space(no_weights, tmp_path, capsys, monkeypatch):
@@ -264,12 +286,14 @@ def test_without_weights_labels_make_a_user_space(no_weights, tmp_path, capsys, 
     monkeypatch.setattr(evaluator, "learn_user_space", lambda ref, **options: learn(ref, steps=2, **options))
     ref = draw_users(tmp_path / "real", ["user_00", "user_01"], 12)
     evaluator.main([str(ref), str(npz(tmp_path / "sample.npz", arr_0=pixels(14, 32)))])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     numbers = dict(line.split(": ", 1) for line in out.split("evaluations...\n")[1].splitlines())
-    assert list(numbers)[:4] == ["IS_user", "FD_user", "Precision_user", "Recall_user"]
+    assert list(numbers)[:5] == ["features", "IS_user", "FD_user", "Precision_user", "Recall_user"]
+    learned = "learned from 12 images of 2 users; the reference is the other 12, of which it names .*; no sFID, which"
+    assert re.search(learned, numbers["features"])
     assert 1 <= float(numbers["IS_user"]) <= 2
-    assert "6 and 6 images" in numbers["FD_user floor"]  # of the 12 that the judge has not learned from
-    assert "FID:" not in out
+    assert "FD_user of 6 images each" in numbers  # of the 12 that the judge has not learned from
+    assert "FID:" not in out and "warning: user features are weak: 6 images a user to learn from" in err
 
 
 @pytest.mark.parametrize("features, words", [("inception", "--inception_weights"), ("clip", "give inception, dinov2")])
@@ -282,7 +306,6 @@ def test_features_that_cannot_be_had(no_weights, tmp_path, features, words):
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
     """A file of weights that nobody trained."""
-    inception = pytest.importorskip("evaluations.inception")
     path = tmp_path_factory.mktemp("weights") / "random.pth"
     with th.random.fork_rng(devices=[]):
         th.manual_seed(0)
@@ -322,7 +345,7 @@ def test_the_command_runs_with_inception(tmp_path, random_inception):
     same = command(ref, ref, *flags, module=True)
     numbers = numbers_of(same.stdout.splitlines()[6:11])
     assert abs(numbers[f"FD{end}"]) < 1e-3 and (numbers[f"Precision{end}"], numbers[f"Recall{end}"]) == (1, 1)
-    assert "the same file" in same.stderr
+    assert "hold the same images" in same.stderr
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}  # read, not made
 
 
@@ -347,7 +370,7 @@ def test_weights_are_checked_unless_told_otherwise(tmp_path, random_inception):
 GOOD = pixels(6)
 UNIT = (GOOD / 255).astype(np.float32)
 BAD = {
-    "no images": ({"mean": GOOD}, "no images .arr_0.*make_reference.py"),
+    "no images": ({"mean": GOOD, "b": GOOD}, "no images .arr_0.*; it holds b, mean: .*make_reference.py"),
     "statistics only": (
         {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(2)},
         "has statistics but no images .arr_0.: precision and recall",
@@ -478,10 +501,35 @@ def test_labels_that_do_not_fit_are_left_out_with_a_warning(tmp_path, labels):
     assert batch.labels is None and "not one integer an image (6); ignored" in batch.notes[0]
 
 
-def test_other_resolutions_and_the_same_file_are_warned_of(tmp_path):
-    small, large = (ArrayBatch(pixels(6, size)) for size in (8, 16))
-    assert "8 x 8 and SAMPLE 16 x 16" in evaluator.input_warnings(small, large)[0]
-    assert not evaluator.input_warnings(small, ArrayBatch(pixels(6, seed=1)))
+def test_other_resolutions_and_the_same_images_are_warned_of():
+    small, large = ArrayBatch(pixels(6, 8), flag="REF"), ArrayBatch(pixels(6, 16), flag="SAMPLE")
+    space = FeatureSpace("user", "", dict)  # says no size
+    line = "REF is 8 x 8 and SAMPLE 16 x 16:"
+    assert evaluator.input_warnings(small, large, space) == [f"{line} the distance is also one of resolutions"]
+    for size, resized in ((8, "SAMPLE"), (16, "REF"), (64, "REF and SAMPLE")):
+        how = f"{resized} brought to {size} x {size} for the user features, which may add to the distance"
+        assert evaluator.input_warnings(small, large, space._replace(size=size)) == [f"{line} {how}"]
+    assert not evaluator.input_warnings(small, ArrayBatch(pixels(6, seed=1)), space)
+    assert not evaluator.input_warnings(small, ArrayBatch(pixels(7)), space)
+    (same,) = evaluator.input_warnings(small, ArrayBatch(pixels(6)), space)
+    assert "REF and SAMPLE hold the same images" in same
+
+
+def test_samples_as_reference_are_warned_of(tmp_path):
+    """By the file's name, and by what lies in the folder that the sampler wrote; a reference beside it is none."""
+    sampled = tmp_path / "samples"
+    draw_users(sampled / "png", ["user_00", "user_01"], 3, size=8)
+    real = draw_users(tmp_path / "real", ["user_00", "user_01"], 3, size=8)
+    save_samples(sampled, Samples(pixels(6), None))
+    npz(sampled / "reference.npz", arr_0=pixels(6))
+    space = FeatureSpace("user", "", dict)
+    for path, swapped in (
+        *((sampled, True), (sampled / "png", True), (sampled / "samples_6x8x8x3.npz", True)),
+        *((sampled / "reference.npz", False), (real, False)),
+    ):
+        other = ArrayBatch(pixels(7, seed=3))
+        said = evaluator.input_warnings(open_batch(path, "REF"), other, space)
+        assert [f"REF {path} looks like the sampler's" in line for line in said] == [True] * swapped, path
 
 
 def test_the_command_says_it_in_a_line_and_exits_with_2(tmp_path):
@@ -572,6 +620,15 @@ def test_a_bad_image_is_named_and_can_be_left_out(tmp_path):
     said = []
     assert len(open_batch(folder, "REF", skip_bad_images=True, say=said.append)) == 5
     assert "2.png" in said[0]
+
+
+def test_a_folder_of_training_and_test_images_is_no_set(tmp_path):
+    for part in ("val", "train"):
+        draw_users(tmp_path / "data" / part, ["a", "b"], 2, size=8)
+    for flag in ("REF", "SAMPLE"):
+        with pytest.raises(UserError, match=f"^{flag} .*data holds train, val, .*: give one, such as .*data/train$"):
+            open_batch(tmp_path / "data", flag)
+    assert len(open_batch(tmp_path / "data" / "val", "REF")) == 4
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: None])

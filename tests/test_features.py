@@ -1,5 +1,7 @@
 """Feature spaces: whose numbers they are called, what they learn from, and a cache that cannot lie."""
 
+import re
+
 import numpy as np
 import pytest
 import torch as th
@@ -82,6 +84,32 @@ def test_nothing_of_what_is_compared_leaks_into_the_judge():
     spoiled.pixels[~features.every_second(reference.labels)] = 0
     judges = [learn_user_space(batch, steps=2).fingerprint for batch in (reference, spoiled)]
     assert judges[0] == judges[1] != learn_user_space(reference, steps=2, seed=1).fingerprint
+
+
+@pytest.mark.parametrize(
+    "users, each, right, weak",
+    [
+        (2, 16, 1.0, ""),
+        (2, 16, 0.75, ""),
+        (2, 16, 0.5, "8 images a user to learn from .8 wanted., 50% of the others named right .75% wanted."),
+        (2, 14, 1.0, "7 images a user"),
+        (10, 20, 0.3, ""),
+        (10, 20, 0.2, "10 images a user .* 20% of the others named right .30% wanted.: give the training folder"),
+    ],
+)
+def test_a_judge_that_learned_from_few_or_names_few_right_is_called_weak(users, each, right, weak):
+    """Of every user's images every second is learned from; of the others this share is named right, the rest wrong."""
+    labels = np.repeat(np.arange(users), each) * 3 + 5  # any numbers
+    learned = features.every_second(labels)
+    named = np.repeat(np.arange(users), each)
+    for user in range(users):
+        others = np.flatnonzero((labels == user * 3 + 5) & ~learned)
+        named[others[round(len(others) * right) :]] = (user + 1) % users
+    named[learned] = 0  # does not count
+    space = FeatureSpace("user", "", dict, "a judge", learned=learned)
+    space, warnings = features.tested(space, labels, np.eye(users)[named])
+    assert f"a judge, of which it names {right:.0%} right (chance {1 / users:.0%}), IS_user" in space.about
+    assert len(warnings) == bool(weak) and all(re.search(weak, line) for line in warnings)
 
 
 @pytest.mark.parametrize("labels", [None, [0] * 10, [0] * 7 + [1] * 3], ids=["none", "one class", "three of a class"])

@@ -67,9 +67,8 @@ def test_without_weights_there_are_images_alone(main):
 
 
 def test_unchecked_weights_are_warned_of_once(main, tmp_path, monkeypatch, capsys):
-    inception = pytest.importorskip("evaluations.inception")
     made, real = [], make_reference._inception
-    monkeypatch.setattr(inception, "find_weights", lambda given: "some.pth")
+    monkeypatch.setattr(make_reference, "find_weights", lambda given: "some.pth")
     monkeypatch.setattr(make_reference, "inception_space", lambda path, **options: made.append(options["check"]))
     for flag in ("False", "True"):
         real(parse_run(create_argparser(make_reference.ReferenceConfig), ["--check_weights", flag]))
@@ -78,14 +77,15 @@ def test_unchecked_weights_are_warned_of_once(main, tmp_path, monkeypatch, capsy
 
 
 def test_it_says_what_lacks(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("evaluations.inception")
     monkeypatch.delenv("INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     folder = draw_users(tmp_path / "real", ["user_00", "user_01"], 2, size=8)
     monkeypatch.chdir(tmp_path)
     make_reference.main(["--data_dir", str(folder), "--out", "ref.npz"])
-    said = capsys.readouterr().out
-    assert "images but no statistics" in said and "written: ref.npz with arr_0, arr_1; 4 of 4 images" in said
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "--inception_weights or INCEPTION_WEIGHTS" in line and "images but no statistics" in line and len(line) < 200
+    assert said.out == "written: ref.npz with arr_0, arr_1; 4 of 4 images of 8 x 8\n"
 
 
 def test_the_evaluator_uses_the_reference_in_place_of_its_images(main, tmp_path, monkeypatch, capsys):
@@ -101,6 +101,14 @@ def test_the_evaluator_uses_the_reference_in_place_of_its_images(main, tmp_path,
 
 def test_images_are_brought_to_the_size_that_is_asked_for(main):
     assert main("--image_size", "4")["arr_0"].shape == (14, 4, 4, 3)
+
+
+def test_train_and_test_together_are_refused(main, tmp_path):
+    for part in ("train", "test"):
+        draw_users(tmp_path / "data" / part, ["user_00", "user_01"], 2, size=8)
+    with pytest.raises(UserError, match="^--data_dir .*data holds train, test, .*: give one, such as .*data/train$"):
+        main(data=tmp_path / "data")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
