@@ -4,7 +4,8 @@
         --heldout_dir DATA/test "--sampler p_sample --num_steps 250" "--sampler dpmpp_2m --num_steps 20"
     python benchmarks/bench_sampling.py ... --plot docs/guidance.png "--cfg_scale 1" "--cfg_scale 2" "--cfg_scale 4"
 
-Each way is a string of flags of `image_sample_vae.py`. Every round runs all of them, from the front or from the
+Each way is a string of flags of `image_sample_vae.py`, or "official" and such flags for the official code
+(`official_sampler.py`). Every round runs all of them, from the front or from the
 back in turn, with a seed of its own; speed is that of the sampling loop, with decoding. One judge, which learned from
 most of the real training images, measures all: `FD_user` is the Frechet distance of all samples of a round to held-out
 images. Its floor is the distance of two halves of the held-out images, and that of the training images set aside.
@@ -31,7 +32,8 @@ from evaluations.measure import set_aside
 from evaluations.statistics import frechet_distance
 from evaluations.user_classifier import train_user_classifier
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "image_sample_vae.py"
+HERE = Path(__file__).resolve().parent
+SCRIPT, OFFICIAL = HERE.parent / "scripts" / "image_sample_vae.py", HERE / "official_sampler.py"
 COLUMNS = {"images_per_second": "images/s", "user_accuracy": "named right", "fd_user": "FD_user"}
 COLUMNS |= {"precision": "precision", "recall": "recall"}
 
@@ -40,7 +42,9 @@ def sample(args, way: str, seed: int, folder: Path) -> tuple[Path, float]:
     """Run the sampler; returns its .npz and its images a second."""
     own = ["--model_path", args.model_path, "--log_dir", str(folder), "--seed", str(seed), "--save_png", "False"]
     own += ["--num_samples", str(args.num_samples), "--users", "all", "--batch_size", str(args.batch_size)]
-    command = [*shlex.split(args.launcher), sys.executable, str(SCRIPT), *own, *shlex.split(way)]
+    flags = shlex.split(way)
+    script = OFFICIAL if flags[:1] == ["official"] else SCRIPT
+    command = [*shlex.split(args.launcher), sys.executable, str(script), *own, *flags[script is OFFICIAL :]]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OPENAI_LOG_FORMAT": "stdout"})
     if done.returncode:
         raise SystemExit(f"{way}: ended with code {done.returncode}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from guided_diffusion_vae.config import UserError, refuse_below
 
 from .classifier_tests import pick, share_right
-from .image_sets import ImageSet
+from .image_sets import LABELS, ImageSet
 from .measure import shared
 from .study import ALONE, DUPLICATES, GENERATED, MASKED, MORE, REAL, SHIFTED, Study
 from .user_classifier import BATCH, steps_of, train_user_classifier
@@ -93,6 +93,7 @@ def augmentation_study(
     """
     per_user = refuse_impossible(train, heldout, generated, ks, per_user)
     num_users, available = len(train.class_names), int(np.bincount(train.labels).min())
+    known: dict[int, list[float]] = {k: [] for k in ks}  # share of its own k images that REAL names right
     steps_at = {k: steps or steps_of(epochs, num_users * (k + per_user)) for k in ks}
     right: dict[int, dict[str, list[np.ndarray]]] = {k: {} for k in ks}
     jobs = [(number, k) for number in range(seeds) for k in ks]
@@ -108,6 +109,8 @@ def augmentation_study(
                 steps=steps_at[k],
                 augmented=augmented,
             )
+            if name == REAL:
+                known[k].append(float((model.judge(lesson.pixels).users == lesson.labels).mean()))
             named = model.judge(heldout.pixels).users
             right[k].setdefault(name, []).append(share_right(named, heldout.labels, num_users))
     return Study(
@@ -121,6 +124,7 @@ def augmentation_study(
             "seeds": seeds,
             "seed": seed,
             "steps": steps_at,
+            "right_of_own": {k: float(np.mean(shares)) for k, shares in known.items()},
             "augmented": augmented,
         },
     )
@@ -135,9 +139,10 @@ def refuse_impossible(train: ImageSet, heldout: ImageSet, generated: ImageSet, k
     names = train.class_names
     if len(names) < 2:
         raise UserError("--real_dir has one user only; telling users apart needs at least two")
-    for flag, images in (("--heldout_dir", heldout), ("--samples", generated)):
-        if images.labels is None:
-            raise UserError(f"{flag} does not say who is shown; the study needs users of --real_dir")
+    if generated.labels is None:
+        raise UserError(f"--samples does not say who is shown; it needs {LABELS} of --real_dir")
+    if heldout.labels is None:
+        raise UserError("--heldout_dir shows none of the users of --real_dir; give other sessions of the same users")
     if shared(train, heldout) == len(heldout.pixels):
         raise UserError("--heldout_dir holds training images only, pixel for pixel; give images of other sessions")
     real, fake = (np.bincount(images.labels, minlength=len(names)) for images in (train, generated))

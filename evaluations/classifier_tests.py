@@ -21,9 +21,9 @@ import torch as th
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .findings import Finding, Section, Table
+from .findings import ABOVE, Finding, Section, Table
 from .image_sets import ImageSet
-from .measure import refuse_too_few, spread
+from .measure import refuse_too_few, share_interval, spread
 from .shortcut import STATISTICS, Shortcut
 from .statistics import FEWEST_USERS, classifier_inception_score
 from .user_classifier import CHUNK, UserClassifier, steps_of, to_input, train_user_classifier
@@ -31,6 +31,7 @@ from .user_classifier import CHUNK, UserClassifier, steps_of, to_input, train_us
 REAL, FEWER, FAKE, BOTH = "real", "as many real", "generated", "real + generated"  # what a classifier learns from
 ROUNDS = 1000  # of the bootstrap
 LOW_DIVERSITY = 0.25  # TRTS above TSTR by this share of their ceilings
+NEAR_CHANCE, OFTEN = 0.1, 0.5  # of the way from chance to 1
 DARK = (8, 48, 107)  # the colour of 1 in a confusion matrix
 
 
@@ -84,7 +85,7 @@ def classifier_tests(
         }
         found = _accuracies(answers, by_shortcut, np.random.default_rng(seed))
         findings = list(found.values()) + findings
-        notes = _words(found, train, samples, seeds) + notes
+        notes = _words(found, train, samples, seeds) + _right_by_luck(answers, names) + notes
         tables.insert(0, _users(train, heldout, samples, answers, by_shortcut))
     return Section(
         title="What a classifier learns",
@@ -185,8 +186,11 @@ def _accuracies(answers: Answers, by_shortcut, rng: np.random.Generator) -> dict
 
     def finding(name, right, ceiling, about, **options) -> Finding:
         real = None if ceiling is None else float(np.nanmean(ceiling))
-        options = {"form": "{:.1%}", "worst": chance, **options}
+        options = {"form": "{:.1%}", "worst": chance, "worst_is": "chance", **options}
         interval = interval_of(right, rng)
+        if name != "gain" and interval in ((0, 0), (1, 1)):  # a share, the same in every draw
+            users = int((~np.isnan(right[0])).sum())
+            interval = share_interval(round(interval[0] * users), users)
         return Finding(name=name, value=float(np.nanmean(right)), real=real, interval=interval, about=about, **options)
 
     ceiling = answers.right[REAL]
@@ -196,18 +200,19 @@ def _accuracies(answers: Answers, by_shortcut, rng: np.random.Generator) -> dict
     return {
         "TRTR": finding("TRTR", ceiling, ceiling, "learns from real, names held-out real images: the ceiling"),
         "TRTS": finding(
-            "TRTS", answers.right_generated, ceiling, "learns from real, names generated images; mean over users"
+            "TRTS", answers.right_generated, ceiling, "learns from real, names generated; mean over users", above=ABOVE
         ),
         "TSTR": finding(
             "TSTR", answers.right[FAKE], fewer, "learns from generated, names held-out real; real: as many real images"
         ),
         "both": finding(BOTH, answers.right[BOTH], ceiling, "learns from both, names held-out real images"),
-        "gain": finding("gain", gain, None, about_gain, form="{:+.1%}", worst=None),
+        "gain": finding("gain", gain, None, about_gain, form="{:+.1%}", worst=None, worst_is=""),
         "shortcut": finding(
             "shortcut",
             by_shortcut["generated"],
             by_shortcut["real"],
             f"learns a few numbers of real pictures ({', '.join(STATISTICS)}), names generated images",
+            above="alarm: above real images",
         ),
     }
 
@@ -225,13 +230,18 @@ def _words(found: dict[str, Finding], train: ImageSet, samples: ImageSet, seeds:
             f"TRTS is {trts.shown(trts.value)} beside a TSTR of {tstr.shown(tstr.value)} (as many real images:"
             f" {tstr.shown(tstr.real)}): the images show the right users, but too little of how real walks vary"
         )
-    if trts.interval and trts.interval[0] > trtr.value:
+    if trts.beyond:
         notes.append(
             "generated images are easier to name than held-out real ones: they show the training sessions, typical"
             " walks, or copies"
         )
     if shortcut.value >= trts.value:
         notes.append("a few numbers of a picture tell the generated users as well as TRTS: no proof of gait")
+    if shortcut.beyond:
+        notes.append(
+            f"alarm: a few numbers of a picture name {shortcut.shown(shortcut.value)} of generated images, of held-out"
+            f" real ones {shortcut.shown(shortcut.real)}: brightness and noise of the training sessions are copied"
+        )
     low, high = gain.interval or (0.0, 0.0)
     words = "helps" if low > 0 else "harms" if high < 0 else "neither helps nor harms beyond chance"
     span = (
@@ -241,6 +251,16 @@ def _words(found: dict[str, Finding], train: ImageSet, samples: ImageSet, seeds:
     if seeds == 1:
         notes.append("one seed: the intervals say how users differ, not how classifiers do")
     return notes
+
+
+def _right_by_luck(answers: Answers, names: list[str]) -> list[str]:
+    """A note where generated images of users are named right whom the classifier does not know in real ones."""
+    chance = 1 / len(names)
+    low, high = (chance + share * (1 - chance) for share in (NEAR_CHANCE, OFTEN))
+    shares = (right.mean(axis=0) for right in (answers.right[REAL], answers.right_generated))
+    users = [name for name, real, made in zip(names, *shares, strict=True) if real < low and made > high]
+    said = "the classifier hardly knows them in held-out real images (TRTR near chance), but names their generated ones"
+    return [f"'right' means little for {', '.join(users)}: {said}"] if users else []
 
 
 def _variety_of_answers(heldout: ImageSet, samples: ImageSet, answers: Answers) -> tuple[list[Finding], list[str]]:
@@ -260,9 +280,8 @@ def _variety_of_answers(heldout: ImageSet, samples: ImageSet, answers: Answers) 
         ("users named", class_spread, "exp of the entropy of the users that it names: how many there are in effect"),
     ):
         scores = {kind: float(np.mean([score(p) for p in said])) for kind, said in same.items()}
-        findings.append(
-            Finding(name=name, value=scores["generated"], real=scores["real"], worst=1.0, form="{:.2f}", about=about)
-        )
+        ends = {"value": scores["generated"], "real": scores["real"], "worst": 1.0, "worst_is": "one user"}
+        findings.append(Finding(name=name, form="{:.2f}", about=about, **ends))
     most = answers.generated[0].shape[1]
     return findings, [f"IS_user and users named lie between 1 and {most}, on {count} images of each kind"]
 

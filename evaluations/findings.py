@@ -5,7 +5,8 @@
 Of distances the logarithms count: the worst is so far away that twice the floor would else be "as real images".
 
 `worst` is what carries no information scores (chance, shuffled pixels, another user), `real` what held-out real images
-score under the same protocol and at the same number. Whether high or low is good follows from the two.
+score under the same protocol and at the same number. Whether high or low is good follows from the two. Of some numbers
+too much is suspicious, too: where the whole interval lies above real images they are `beyond`, and `above` says how.
 """
 
 import math
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 AS_REAL, NEARER_REAL, NEARER_WORST = 0.9, 0.5, 0.1  # places at which the words change
+AS_REAL_WORDS = "as real images"
+NO_BETTER = "no better than the worst"
+ABOVE = "above real images: look why"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +27,14 @@ class Finding:
     value: float | None
     real: float | None = None  # the ceiling of a score, the floor of a distance: held-out real images
     worst: float | None = None  # the other end
+    worst_is: str = ""  # in a word or two: "chance"
     interval: tuple[float, float] | None = None  # 95 %, of the value
     form: str = "{:.3g}"  # how the number is printed: "{:.1%}"
     about: str = ""  # what is measured, in a sentence without a full stop
     distance: bool = False  # ratios count, not differences
+    above: str = ""  # the verdict beyond real images, if that is suspicious
+    caveat: str = ""  # stands beside the verdict
+    medians: tuple[float, float] | None = None  # of generated and of real images, if the value is a distance of them
 
     def __post_init__(self):
         for name in ("value", "real", "worst"):
@@ -47,20 +55,35 @@ class Finding:
         return (value - worst) / (real - worst)
 
     @property
+    def beyond(self) -> bool:
+        """Whether it is suspiciously far above real images: by its whole interval, and by as much as `AS_REAL` allows.
+
+        Also where real images are no better than the worst.
+        """
+        if not self.above or None in (self.value, self.real, self.interval):
+            return False
+        place = self.place
+        return self.interval[0] > self.real and (place is None or abs(place - 1) > 1 - AS_REAL)
+
+    @property
     def verdict(self) -> str:
         """The place in words."""
+        words = self.above if self.beyond else self._words()
+        return f"{words} ({self.caveat})" if self.caveat else words
+
+    def _words(self) -> str:
         place = self.place
         if self.value is None:
             return "not measured"
         if place is None:
             return "-" if self.real is None or self.worst is None else "real images are no better than the worst"
         if place >= AS_REAL:
-            return "as real images"
+            return AS_REAL_WORDS
         if place >= NEARER_REAL:
             return "nearer to real images than to the worst"
         if place >= NEARER_WORST:
             return "nearer to the worst than to real images"
-        return "no better than the worst"
+        return NO_BETTER
 
     def shown(self, value: float | None) -> str:
         """A number in this finding's form."""
@@ -69,7 +92,8 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **{k: getattr(self, k) for k in ("name", "value", "real", "worst", "interval", "about")},
+            **{k: getattr(self, k) for k in ("name", "value", "real", "worst", "worst_is", "interval", "about")},
+            **({"medians": self.medians} if self.medians else {}),
             "place": self.place,
             "verdict": self.verdict,
         }
@@ -94,14 +118,33 @@ class Section:
     notes: list[str] = field(default_factory=list)  # sentences: what to beware of
     pictures: dict[str, Any] = field(default_factory=dict)  # file name -> PIL image
     data: dict[str, Any] = field(default_factory=dict)  # further numbers, for JSON alone
+    value_is: str = ""  # what the values of the findings are, where their names alone mislead
 
     def __str__(self) -> str:
         """Findings and notes for a terminal; the tables are in the page."""
         lines = ["", self.title, "-" * len(self.title)]
+        if self.value_is:
+            lines.append(f"value: {self.value_is}")
         if self.findings:
-            lines.append(f"{'':<30}{'value':>9}  {'95 %':<17}{'real':>9}{'worst':>9}")
-        for f in self.findings:
-            span = " to ".join(map(f.shown, f.interval)) if f.interval else ""
-            numbers = f"{f.shown(f.value):>9}  {span:<17}{f.shown(f.real):>9}{f.shown(f.worst):>9}"
-            lines.append(f"{f.name:<30}{numbers}  {f.verdict}")
+            rows = [COLUMNS, *(_cells(finding) for finding in self.findings)]
+            columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+            widths = [max(map(len, column)) for column in columns]
+            sides = ["<" if column[0] in ("", "95 %") else ">" for column in columns]  # words to the left
+            for row in zip(*columns, strict=True):
+                cells = zip(row, sides, widths, strict=True)
+                lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+COLUMNS = ("", "value", "95 %", "real", "worst", "", "generated", "held out", "")  # before the verdict: medians
+
+
+def _cells(f: Finding) -> tuple[str, ...]:
+    span = " to ".join(map(f.shown, f.interval)) if f.interval else ""
+    numbers = f.shown(f.value), span, f.shown(f.real), f.shown(f.worst)
+    return f.name, *numbers, f.worst_is, *medians_of(f, ""), f.verdict
+
+
+def medians_of(f: Finding, missing: str) -> tuple[str, str]:
+    """The two medians as words."""
+    return tuple(f"{median:.3g}" for median in f.medians) if f.medians else (missing, missing)

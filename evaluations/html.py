@@ -1,7 +1,8 @@
 """A report as one page that needs nothing else: no script, no network, pictures inside; and the same as JSON.
 
 Every finding is a row: the value, its interval, what real images and the worst score, a bar from the worst (left) to
-real images (right) with a mark where the value stands, and the verdict in words.
+real images (right) with a mark where the value stands, and the verdict in words. No bar where a value is suspiciously
+far above real images.
 """
 
 import base64
@@ -18,7 +19,7 @@ import numpy as np
 from guided_diffusion_vae.checkpoint import atomic_write
 from guided_diffusion_vae.config import UserError
 
-from .findings import Finding, Section, Table
+from .findings import Finding, Section, Table, medians_of
 from .report import save_picture
 
 STYLE = """
@@ -38,7 +39,8 @@ img { max-width: 100%; image-rendering: pixelated; }
 """
 # nothing may be fetched or run, whatever a file name or a note holds
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-HEADER = ("", "value", "95 % interval", "real images", "worst", "worst to real", "")
+MEDIANS = "median, generated", "median, held out"  # in the unit of what is measured
+HEADER = ("", "value", "95 % interval", "real images", "worst", *MEDIANS, "worst to real", "")
 WORDS = len(HEADER) - 1  # the column of verdicts
 
 
@@ -67,6 +69,7 @@ def as_dict(title: str, sections: list[Section], about: dict[str, Any]) -> dict[
     parts = [
         {
             "title": section.title,
+            **({"value_is": section.value_is} if section.value_is else {}),
             "findings": [finding.as_dict() for finding in section.findings],
             "tables": [{"title": t.title, "header": t.header, "rows": t.rows} for t in section.tables],
             "notes": section.notes,
@@ -141,7 +144,7 @@ def _section(section: Section) -> str:
     return "\n".join(
         [
             f"<h2>{escape(section.title)}</h2>",
-            _findings(section.findings) if section.findings else "",
+            _findings(section) if section.findings else "",
             *(f'<p class="note">{escape(note)}</p>' for note in section.notes),
             *(_table(table) for table in section.tables),
             *(_picture(name, picture) for name, picture in section.pictures.items()),
@@ -149,11 +152,12 @@ def _section(section: Section) -> str:
     )
 
 
-def _findings(findings: list[Finding]) -> str:
+def _findings(section: Section) -> str:
     """A table without the columns that no finding fills."""
-    rows = [_finding(finding) for finding in findings]
+    rows = [_finding(finding) for finding in section.findings]
     filled = [i for i in range(len(HEADER)) if i < 2 or any(row[i] not in ("", "-") for row in rows)]
-    lines = [[f"<th>{escape(word)}</th>" for word in HEADER]]
+    header = [section.value_is or word if word == "value" else word for word in HEADER]
+    lines = [[f"<th>{escape(word)}</th>" for word in header]]
     kinds = [" class=words" if i == WORDS else "" for i in range(len(HEADER))]
     lines += [[f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)] for row in rows]
     table = "\n".join(f"<tr>{''.join(line[i] for i in filled)}</tr>" for line in lines)
@@ -162,11 +166,13 @@ def _findings(findings: list[Finding]) -> str:
 
 def _finding(finding: Finding) -> list[str]:
     """The cells below HEADER, escaped."""
-    about = f"<small>{escape(finding.about)}</small>" if finding.about else ""
+    about, end = (f"<small>{escape(words)}</small>" if words else "" for words in (finding.about, finding.worst_is))
     interval = " to ".join(finding.shown(end) for end in finding.interval) if finding.interval else "-"
     numbers = [finding.shown(finding.value), interval, finding.shown(finding.real), finding.shown(finding.worst)]
     cells = [escape(number) for number in numbers]
-    return [escape(finding.name) + about, *cells, _bar(finding.place), escape(finding.verdict)]
+    cells[-1] += end
+    bar = "" if finding.beyond else _bar(finding.place)
+    return [escape(finding.name) + about, *cells, *medians_of(finding, "-"), bar, escape(finding.verdict)]
 
 
 def _bar(place: float | None) -> str:

@@ -17,6 +17,11 @@ from guided_diffusion_vae.data.image_folder import list_files, list_images, read
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 from guided_diffusion_vae.sample_util import read_manifest
 
+from .value_range import refuse_unit_range
+
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "heldout")  # folders that are no users
+LABELS = "an .npz with labels in arr_1, or a folder with one subfolder a user"  # whom samples show
+
 
 class ImageSet(NamedTuple):
     """Images uint8 (N, H, W, 3), the class of each (N,), and the names of the classes; both None if unlabelled."""
@@ -48,13 +53,14 @@ def read_folder(
         size: (height, width) that all images are brought to; None takes the first image's.
         skip_bad_images: leave out images that cannot be read, and say which, instead of refusing.
     Raises:
-        UserError: no folder, no images, or some that cannot be read.
+        UserError: no folder, no images, some that cannot be read, or a folder of splits.
     """
     try:
         found = list_images(folder)
     except UserError as error:
         raise UserError(str(error).replace("--data_dir", flag)) from error
-    images, bad = [], []
+    _refuse_splits(folder, found.paths, flag)
+    images, bad, sizes = [], [], []
     try:
         if skip_bad_images:
             found = drop_bad_images(found, lambda line: say(f"{flag}: {line}"))
@@ -65,12 +71,26 @@ def read_folder(
                 bad.append(str(error))
                 continue
             size = size or image.size[::-1]
+            sizes += [image.size[::-1]] if image.size[::-1] != size else []
             images.append(np.asarray(ImageOps.fit(image, size[::-1], method=Image.Resampling.BOX)))
         refuse(bad, len(found.paths))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
+    if sizes:
+        (height, width), (rows, columns) = sizes[0], size
+        count = f"{len(sizes)} of {len(images)} images"
+        say(f"{flag}: {count} have another size, such as {height} x {width}: brought to {rows} x {columns}")
     files = [Path(path).relative_to(folder).as_posix() for path in found.paths]
     return ImageSet(np.stack(images), np.array(found.labels), found.class_names, files)
+
+
+def _refuse_splits(folder, paths: list[str], flag: str) -> None:
+    """Raise if every image lies in a folder such as train, val or test: one level too high."""
+    inside = sorted({Path(path).relative_to(folder).parts[0] for path in paths})
+    if all(name.lower() in SPLITS for name in inside):
+        likely = ("train", "training") if flag == "--real_dir" else ("test", "heldout")
+        place = Path(folder) / next((name for name in inside if name.lower() in likely), inside[0])
+        raise UserError(f"{flag} {folder} has {', '.join(inside)} in it, which are no users: give {place}")
 
 
 def read_real(real_dir, heldout_dir, size: tuple[int, int], **options) -> tuple[ImageSet, ImageSet]:
@@ -111,15 +131,30 @@ def read_samples(path, **options) -> ImageSet:
     if Path(path).is_dir():
         return read_folder(pngs_of(Path(path), "--samples"), "--samples", **options)
     pixels, labels = _read_npz(path)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        raise UserError(
-            f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}; it must be uint8 (N, height, width, 3)"
-        )
+    _refuse_pixels(pixels, f"--samples {path}")
     if labels is not None and (labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(
             f"--samples {path}: arr_1 is {labels.dtype} {labels.shape}; it must be one integer an image ({len(pixels)})"
         )
     return ImageSet(pixels, labels, None)
+
+
+def _refuse_pixels(pixels: np.ndarray, at: str) -> None:
+    """Raise if an array is not uint8 (N, H, W, 3), with the remedy where it can be told."""
+    said = f"{at}: arr_0 is {pixels.dtype} {pixels.shape}; it must be uint8 (N, height, width, 3)"
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
+        remedy = ""
+        if pixels.ndim == 4 and pixels.shape[1] == 3:
+            remedy = ": channels are first, so write it again as x.transpose(0, 2, 3, 1)"
+        elif pixels.ndim == 4 and pixels.shape[3] == 4:
+            remedy = ": drop alpha, x[..., :3]"
+        elif pixels.ndim == 3 or pixels.shape[3:] == (1,):
+            remedy = ": grey images must be repeated to three channels"
+        raise UserError(said + remedy)
+    if pixels.dtype.kind == "f":
+        refuse_unit_range([pixels], pixels.dtype, at)
+    if pixels.dtype != np.uint8:
+        raise UserError(f"{said}: write it again as x.round().clip(0, 255).astype('uint8')")
 
 
 def pngs_of(folder: Path, flag: str) -> Path:
@@ -150,11 +185,14 @@ def pngs_of(folder: Path, flag: str) -> Path:
 def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if "arr_0" not in archive:
+                has = f"has {', '.join(archive.files)}" if archive.files else "is empty"
+                raise UserError(f"--samples {path} {has}, but no arr_0: the images, uint8 (N, height, width, 3)")
             return archive["arr_0"], archive["arr_1"] if "arr_1" in archive else None
+    except UserError:  # a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise UserError(f"--samples {path} does not exist") from error
-    except KeyError as error:
-        raise UserError(f"--samples {path} has no array arr_0; was it written by image_sample_vae.py?") from error
     except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"--samples {path} is not a readable .npz file; give that of image_sample_vae.py") from error
 

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from .findings import Finding, Section, Table
 from .image_sets import ImageSet
-from .measure import digests
+from .measure import digests, share_interval
 from .physics import detect_colormap, thumbnails
 
 SIDE, COLUMNS = 32, 64  # of the small pictures; those that are shifted keep more columns, or shifts fall between them
@@ -260,9 +260,11 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
         }
         for kind, is_such in found.kinds.items():
             what = f"share of {new} that has a twin in {known}: {how[kind]}"
-            about = f"{what}; from {MUCH:.0%} on, numbers on it say nothing"
-            name, share = f"{kind} twins of {new} in {known}", float(is_such.mean())
-            findings.append(Finding(name=name, value=share, real=0.0, worst=MUCH, form="{:.1%}", about=about))
+            about = f"{what}; from the threshold on, numbers on it say nothing"
+            ends = {"value": float(is_such.mean()), "real": 0.0, "worst": MUCH, "worst_is": "threshold"}
+            interval = share_interval(int(is_such.sum()), len(is_such))
+            name = f"{kind} twins of {new} in {known}"
+            findings.append(Finding(name=name, interval=interval, form="{:.1%}", about=about, **ends))
         worst += found.pairs(new, known)
         notes += _sessions(sets, names, known, new)
     worst.sort(key=lambda pair: -pair.above)

@@ -205,6 +205,18 @@ def shared(train: ImageSet, images: ImageSet) -> int:
     return sum(digest in known for digest in digests(images.pixels))
 
 
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """95 % of a share of which `count` of n were seen, which is not 0 to 0 where none was.
+
+    Source:
+        Wilson 1927: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+    """
+    z2, p = 1.96**2, count / n
+    middle, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    low, high = ((middle + side * half) / (1 + z2 / n) for side in (-1, 1))
+    return (0.0 if count == 0 else float(low)), (1.0 if count == n else float(high))
+
+
 def digests(pixels: np.ndarray) -> list[bytes]:
     """16 bytes an image (N, H, W, 3) that tell whether two have the same pixels."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]

@@ -24,11 +24,11 @@ from PIL import Image, ImageDraw
 from scipy.stats import binomtest
 
 from .copying import Copying, compare
-from .findings import Finding, Section
+from .findings import ABOVE, Finding, Section
 from .image_sets import ImageSet
 from .leaks import IN_PLACE, SHIFTED, Found, find_twins, make_small, picture
 from .manifold import NEIGHBOURS, near_copy_rate, neighbours
-from .measure import set_aside
+from .measure import set_aside, share_interval
 from .physics import as_points, detect_colormap
 from .statistics import bootstrap_interval
 
@@ -40,6 +40,7 @@ FEW_REAL = 0.01  # share of real images that count as too near
 UNLIKELY = 0.01  # a p-value
 FEWEST = 4  # real images
 PAIRS = 8  # on the sheet
+COPIES = "noisy copies"
 
 
 class Pairs(NamedTuple):
@@ -139,7 +140,7 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
     copied, compared = compare(ends, learned, own=own, seed=seed)
     about = f"nearness to training images against that of real ones, {compared} of each: 0 if as near, below if copied"
     numbers = {kind: c.value for kind, c in copied.items()}
-    findings.append(Finding(name="C_T", **numbers, form="{:.1f}", about=about))
+    findings.append(Finding(name="C_T", **numbers, worst_is=COPIES, form="{:.1f}", about=about))
 
     small, made, real = (make_small(images, colormap) for images in (train, samples, heldout))
     all_twins = [find_twins(made, small), find_twins(real, small, most=MOST_REAL)]
@@ -148,7 +149,7 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
     same_sessions = aside_twins.twin.mean()
     same = twins.pairs("generated", "training")
     same = sorted((pair for pair in same if pair.kind != "none"), key=lambda pair: -pair.above)
-    findings.insert(0, _twin_finding(twins, real_twins, seed))
+    findings.insert(0, _twin_finding(twins, real_twins))
 
     pairs, real_pairs = (closest_pairs(kinds[k], learned, found[k], PAIRS) for k in ("value", "real"))
     sides = {"generated": (samples.pixels, pairs), "real": (train.pixels[aside], real_pairs)}
@@ -184,21 +185,25 @@ def _by_distance(found: dict[str, Near], among: Near, several: int, seed: int) -
     limit = np.quantile(d["real"][:, 0], FEW_REAL)
     findings, other = [], {}
 
-    def add(name, statistic, columns, form, about):
+    def add(name, statistic, columns, form, about, above=""):
         numbers = {kind: float(statistic(column)) for kind, column in columns.items()}
         other[name] = numbers.pop("other")
-        value = columns["value"]
-        interval = bootstrap_interval(lambda rows: statistic(value[rows]), np.arange(len(value)), seed=seed)
-        findings.append(Finding(name=name, interval=interval, form=form, about=about, **numbers))
+        value, n = columns["value"], len(columns["value"])
+        if form == "{:.1%}":
+            interval = share_interval(round(numbers["value"] * n), n)
+        else:
+            interval = bootstrap_interval(lambda rows: statistic(value[rows]), np.arange(n), seed=seed)
+        ends = {"interval": interval, "worst_is": COPIES, "above": above, **numbers}
+        findings.append(Finding(name=name, form=form, about=about, **ends))
 
     about = "median distance to it, in units of that of real images of the same sessions"
-    add("nearest training image", lambda d: np.median(d[:, 0]) / usual, d, "{:.3g}", about)
+    add("nearest training image", lambda d: np.median(d[:, 0]) / usual, d, "{:.3g}", about, ABOVE)
     about = f"share nearer to a training image than {1 - FEW_REAL:.0%} of the real images of the same sessions are"
     add("too near", lambda d: (d[:, 0] < limit).mean(), d, "{:.1%}", about)
     about = f"share three times nearer to one training image than to its {several} nearest on average"
     add("near copies", near_copy_rate, d, "{:.1%}", about)
     about = "per cent further from the nearest training image than that is from the next one"
-    add("AuthPct", lambda flags: 100 * flags.mean(), flags, "{:.1f}", about)
+    add("AuthPct", lambda flags: 100 * flags.mean(), flags, "{:.1f}", about, ABOVE)
     return findings, other
 
 
@@ -219,14 +224,15 @@ def _beyond_sessions(twins: Found, aside: Found) -> Found:
     )
 
 
-def _twin_finding(twins: Found, real: Found, seed: int) -> Finding:
+def _twin_finding(twins: Found, real: Found) -> Finding:
     flags = twins.twin
     return Finding(
         name="twins of training images",
         value=float(flags.mean()),
         real=float(real.twin.mean()),
         worst=1.0,
-        interval=bootstrap_interval(lambda rows: flags[rows].mean(), np.arange(len(flags)), seed=seed),
+        worst_is="all copies",
+        interval=share_interval(int(flags.sum()), len(flags)),
         form="{:.1%}",
         about="share that is a training image: the same pixels, nearly so, or moved along time; real are held-out ones",
     )

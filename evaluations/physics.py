@@ -51,11 +51,11 @@ QUANTITIES = {
     "colour_residual": "mean distance of the pixels from the colour map, in 8-bit levels",
 }
 LEAST = {"colour_residual": 4.0}  # the unit where real pictures spread less: a step between two colours of jet
-WORST = (  # in this order: the first that is significantly farther than real pictures are
-    "pictures of another user",
-    "pictures whose pixels are shuffled, as users do not differ",
-    "real pictures that are a standard deviation off, as neither other users nor shuffled pixels differ",
-)
+WORST = {  # in this order: the first that is significantly farther than real pictures are
+    "another user": "another user's pictures",
+    "shuffled": "shuffled pixels where users do not differ",
+    "+1 SD": "+1 SD, real pictures that are a standard deviation off, where neither differs",
+}
 
 
 class Axes(NamedTuple):
@@ -262,23 +262,25 @@ def physics(
     measured = {key: measure_physics(pixels, **units) for key, pixels in sets.items()}
 
     labels = {"train": train.labels, "heldout": heldout.labels, "samples": samples.labels}
-    class_names = train.class_names
+    class_names, caveat = train.class_names, ""
     if any(label is None for label in labels.values()):
         labels = {key: np.zeros(len(sets[key]), dtype=int) for key in labels}
-        class_names = ["everybody"]
-        notes.append("not all sets are labelled: everybody is compared as one user")
+        class_names, caveat = ["everybody"], "as one user"
+        notes.append(
+            "not all sets are labelled: everybody is compared as one user, generated and real alike, so whose gait a"
+            " picture shows is not asked"
+        )
     users = sorted(set(labels["train"]) & set(labels["heldout"]) & set(labels["samples"]))
     if not users:
         return Section(title="Physics of gait", notes=[*notes, "no user is in all sets: nothing is compared"])
     places = {key: {user: np.flatnonzero(label == user) for user in users} for key, label in labels.items()}
-    findings, ratios, unlike = [], [], {kind: [] for kind in WORST}
+    findings, ratios = [], []
     for name, about in QUANTITIES.items():
         column = {key: found[name] for key, found in measured.items()}
         distances = _distances(column, places, users, LEAST.get(name, 1e-6), rng)  # (users, 2 + kinds of worst)
         made, real, *ends = distances.mean(axis=0).tolist()
         kinds = range(0 if len(users) > 1 else 1, len(WORST))  # one user is nobody's other
         kind = next((k for k in kinds if _farther(distances[:, 2 + k], distances[:, 1], seed)), len(WORST) - 1)
-        unlike[WORST[kind]].append(name)
         interval = mean_interval(distances[:, 0], seed)
         findings.append(
             Finding(
@@ -286,23 +288,29 @@ def physics(
                 value=made,
                 real=real,
                 worst=ends[kind],
+                worst_is=list(WORST)[kind],
                 interval=interval,
                 form="{:.2f}",
                 about=about,
                 distance=True,
+                caveat=caveat,
+                medians=tuple(float(np.median(column[key])) for key in ("samples", "heldout")),
             )
         )
         ratios.append(distances[:, 0] / np.maximum(distances[:, 1], 0.05))
-    notes += [f"the worst is {kind}: {', '.join(names)}" for kind, names in unlike.items() if names]
+    named = {finding.worst_is for finding in findings}
+    notes.append("the worst: " + "; ".join(words for kind, words in WORST.items() if kind in named))
+    notes.append("generated, held out: medians of the quantity itself, in its own unit")
     rows = [[class_names[user], *(f"{ratio[i]:.1f}" for ratio in ratios)] for i, user in enumerate(users)]
     title = "Distance of generated pictures over that of real training pictures, by user"
     counts = [min(len(places["samples"][user]), len(places["train"][user])) for user in users]
     notes.append(
-        "distances to held-out pictures are Wasserstein-1, in standard deviations of real pictures, of"
-        f" {min(counts)} to {max(counts)} generated and as many real pictures a user; they are not 0 for so few"
+        f"distances are Wasserstein-1, of {min(counts)} to {max(counts)} generated and as many real pictures a user;"
+        " they are not 0 for so few"
     )
     return Section(
         title="Physics of gait",
+        value_is="distance to held-out real images, in standard deviations of real images",
         findings=findings,
         tables=[Table(title=title, header=["user", *QUANTITIES], rows=rows)],
         notes=notes,

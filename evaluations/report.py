@@ -85,31 +85,39 @@ def cell(form: str, value: float | None) -> str:
     return "-" if value is None else form.format(value)
 
 
-def comparison(train: ImageSet, samples: ImageSet, *, each: int = 4) -> Image.Image:
-    """Real beside generated: a row for each user, real training images on the left, generated ones on the right."""
-    users = min(MOST_USERS, len(train.class_names))
+def comparison(
+    real: ImageSet, samples: ImageSet, *, each: int = 4, most: int = MOST_USERS, title: str = "real (training)"
+) -> Image.Image:
+    """Real beside generated: a row for each user, real images on the left, generated ones on the right.
+
+    Args:
+        most: users that are shown; of more, these are spread evenly.
+    """
+    shown = min(most, len(real.class_names))
+    users = np.arange(shown) * len(real.class_names) // shown
     height, width = samples.pixels.shape[1:3]
     gap, top, margin = 4, 16, 68  # pixels
     half = each * (width + gap) + 3 * gap
-    rows, blocks = min(users, USERS_IN_A_COLUMN), -(-users // USERS_IN_A_COLUMN)
+    rows, blocks = min(shown, USERS_IN_A_COLUMN), -(-shown // USERS_IN_A_COLUMN)
     sheet = Image.new("RGB", (blocks * (margin + 2 * half), top + rows * (height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for user in range(users):
-        block, row = divmod(user, USERS_IN_A_COLUMN)
+    for number, user in enumerate(users):
+        block, row = divmod(number, USERS_IN_A_COLUMN)
         left, y = block * (margin + 2 * half), top + row * (height + gap)
-        draw.text((left + gap, y + height // 2 - 6), train.class_names[user][:10], fill="black")
-        real = np.flatnonzero(train.labels == user)
-        real = real[:: max(1, len(real) // each)][:each]  # from all sessions
+        draw.text((left + gap, y + height // 2 - 6), real.class_names[user][:10], fill="black")
+        places = np.flatnonzero(real.labels == user)
+        places = places[:: max(1, len(places) // each)][:each]  # from all sessions
         if samples.labels is None:
-            generated = np.arange(len(samples.pixels))[user * each : (user + 1) * each]
+            generated = np.arange(len(samples.pixels))[number * each : (number + 1) * each]
         else:
             generated = np.flatnonzero(samples.labels == user)[:each]
-        for x, title, images in (
-            (left + margin, "real (training)", train.pixels[real]),
-            (left + margin + half, "generated", samples.pixels[generated]),
+        made = "generated" if samples.labels is not None else "generated, of anybody"
+        for x, words, images in (
+            (left + margin, title, real.pixels[places]),
+            (left + margin + half, made, samples.pixels[generated]),
         ):
             if row == 0:
-                draw.text((x, 2), title, fill="black")
+                draw.text((x, 2), words, fill="black")
             for place, image in enumerate(images):
                 sheet.paste(Image.fromarray(image), (x + place * (width + gap), y))
     return sheet

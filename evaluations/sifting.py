@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 from scipy.spatial import Delaunay, QhullError
 
 from guided_diffusion_vae.checkpoint import save_csv
@@ -27,6 +28,7 @@ from guided_diffusion_vae.config import UserError
 
 from .findings import Finding, Section, Table
 from .image_sets import ImageSet, shuffle_pixels
+from .measure import share_interval, spread
 from .physics import (
     LEAST,
     LUMINANCE,
@@ -45,6 +47,8 @@ OUTERMOST = 1.0  # percentiles beyond which training pictures do not widen a ran
 SIDE = 32  # of the pictures that the hull is drawn around
 COMPONENTS = 3
 NAMES = list(QUANTITIES)
+FEW = 0.25  # kept of a user's images: fewer, and the user is named
+SHOWN, FAULTS = 8, 6  # rejected images in the picture, and reasons beside each
 
 
 class Sifted(NamedTuple):
@@ -194,7 +198,7 @@ def sifting(
     """The share of generated pictures that a user could have made, beside that of held-out real and of broken ones."""
     rng = np.random.default_rng(seed)
     sifter = Sifter.fit(train, method=method, margin=margin, axes=axes)
-    labelled = samples.labels is not None and heldout.labels is not None
+    labelled, named = samples.labels is not None and heldout.labels is not None, heldout
     if not labelled:  # what must suit only somebody is judged so in every set
         heldout, samples = (images._replace(labels=None, class_names=None) for images in (heldout, samples))
     generated, real = sifter.sift(samples), sifter.sift(heldout)
@@ -215,9 +219,11 @@ def sifting(
         value=float(rates.mean()),
         real=float(_rates(heldout, real).mean()),
         worst=controls["pixels shuffled"],
-        interval=mean_interval(rates, seed),
+        worst_is="shuffled",
+        interval=_interval(rates, generated, labelled, seed),
         form="{:.1%}",
-        about=f"share of pictures within the borders of their user ({method}), {how}; the worst are shuffled pixels",
+        about=f"share of pictures within the borders of {'their' if labelled else 'any'} user ({method}), {how}",
+        caveat="" if labelled else "of anybody",
     )
     notes = [
         f"held-out pictures are kept at {kept.shown(kept.real)}: what is thrown away beyond that is the generator's"
@@ -225,7 +231,11 @@ def sifting(
     if sifter.colormap == LUMINANCE:
         notes.append("the pictures are in no known colour map: their luminance is sifted")
     if not labelled:
-        notes.append("not all sets are labelled: kept, of every set, is what suits any user")
+        blunt = "not all sets are labelled: kept, of generated and of held-out pictures alike, is what suits any user"
+        if named.labels is not None:
+            sharp = kept.shown(float(_rates(named, sifter.sift(named)).mean()))
+            blunt += f", so the sifter is blunter: with their labels {sharp} of the held-out ones are kept"
+        notes.append(blunt)
     faults = sorted({fault for reason in [*generated.reasons, *real.reasons] for fault in reason.split(", ") if fault})
     counted = [[fault, *(_share(found, fault) for found in (generated, real))] for fault in faults]
     tables = [
@@ -238,10 +248,50 @@ def sifting(
     ]
     if labelled:
         users = [train.class_names[user] if train.class_names else str(user) for user in np.unique(samples.labels)]
+        notes += _left_with_few(dict(zip(users, rates.tolist(), strict=True)))
         rows = [[user, f"{rate:.0%}"] for user, rate in zip(users, rates, strict=True)]
         tables.append(Table(title="Kept of each user", header=["user", "generated"], rows=rows))
     data = {"controls": controls, "accepted": generated.accepted.tolist(), "reasons": generated.reasons}
-    return Section(title="Kinematic sifting", findings=[kept], tables=tables, notes=notes, data=data)
+    found = {"findings": [kept], "tables": tables, "notes": notes, "data": data}
+    if not generated.accepted.all():
+        found["pictures"] = {"rejected.png": _rejected(samples, generated, train.class_names)}
+    return Section(title="Kinematic sifting", **found)
+
+
+def _interval(rates: np.ndarray, sifted: Sifted, labelled: bool, seed: int) -> tuple[float, float] | None:
+    """95 % of what is kept: by drawing users anew; where that has no spread, or nobody is named, of images."""
+    interval = mean_interval(rates, seed) if labelled else (0, 0)
+    if interval in ((0, 0), (1, 1)):
+        return share_interval(int(sifted.accepted.sum()), len(sifted.accepted))
+    return interval
+
+
+def _left_with_few(rates: dict[str, float]) -> list[str]:
+    """A note that names users of whom little or nothing is accepted."""
+    none = [user for user, rate in rates.items() if rate == 0]
+    few = [f"{user} ({rate:.0%})" for user, rate in rates.items() if 0 < rate < FEW]
+    said = [f"no image is accepted of {', '.join(none)}"] if none else []
+    return said + ([f"fewer than a quarter of the images are accepted of {', '.join(few)}"] if few else [])
+
+
+def _rejected(images: ImageSet, sifted: Sifted, names: list[str] | None) -> Image.Image:
+    """Rejected images, spread evenly over all of them: user and reasons beside each."""
+    places = np.flatnonzero(~sifted.accepted)
+    places = places[spread(None, len(places), min(SHOWN, len(places)))]
+    side, gap, text, columns = 96, 6, 170, 2
+    sheet = Image.new("RGB", (columns * (side + text) + gap, -(-len(places) // columns) * (side + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, place in enumerate(places):
+        row, column = divmod(number, columns)
+        x, y = gap + column * (side + text), gap + row * (side + gap)
+        tile = Image.fromarray(images.pixels[place]).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y))
+        user = "" if images.labels is None or not names else names[images.labels[place]]
+        reasons = sifted.reasons[place].split(", ")
+        more = [f"and {len(reasons) - FAULTS} more"] if len(reasons) > FAULTS else []
+        for i, line in enumerate([f"{user or 'image'} [{place}]", *reasons[:FAULTS], *more]):
+            draw.text((x + side + gap, y + 12 * i), line[:26], fill="black")
+    return sheet
 
 
 def _rates(images: ImageSet, sifted: Sifted) -> np.ndarray:

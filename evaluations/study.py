@@ -17,6 +17,7 @@ GENERATED, MORE = "+ generated", "+ more real"
 DUPLICATES, SHIFTED, MASKED = "+ duplicates", "+ time-shifted", "+ masked"
 ARMS = (REAL, GENERATED, DUPLICATES, SHIFTED, MASKED, ALONE, MORE)
 CONTROLS = (REAL, DUPLICATES, SHIFTED, MASKED)
+LEARNED = 0.9  # of its own images a classifier that has learned enough names right
 
 
 def interval_over_seeds(means: np.ndarray) -> tuple[float, float] | None:
@@ -57,12 +58,14 @@ class Gain:
         return int(all(low > 0 for low, _ in spans.values())) - int(spans[REAL][1] < 0)
 
     def __str__(self) -> str:
-        verdict = {1: "help", 0: "are not shown to help", -1: "harm"}[self.shown]
+        words = {1: "help", 0: "are not shown to help", -1: "harm"}[self.shown]
+        verdict, span = f"generated images {words}", ", 95 % over seeds"
+        if not self.over[REAL].interval:
+            verdict, span = "no verdict", "; one seed, no interval"
         gains = ", ".join(f"{over} over {control}" for control, over in self.over.items())
-        span = ", 95 % over seeds" if self.over[REAL].interval else "; one seed, no interval"
         more = self.over[REAL].more_real
         real = "" if more is None else f"; as many more real images: {100 * more:+.1f} over {REAL}"
-        return f"k = {self.k}: generated images {verdict}; points gained: {gains}{span}{real}"
+        return f"k = {self.k}: {verdict}; points gained: {gains}{span}{real}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,8 @@ class Study:
     @property
     def verdict(self) -> str:
         """One sentence: where generated images help."""
+        if self.about["seeds"] == 1:
+            return "no verdict: one seed has no interval; give --seeds 3 or more"
         helps, harms = ([f"{gain.k}" for gain in self.gains if gain.shown == sign] for sign in (1, -1))
         words = f"help beyond every control at k = {', '.join(helps)}" if helps else "are not shown to help at any k"
         return f"generated images {words}" + (
@@ -104,10 +109,13 @@ class Study:
         notes = [
             f"{n} generated images a user; at each k all arms learn from equally many batches: "
             + ", ".join(f"{steps} at k = {k}" for k, steps in about["steps"].items()),
-            "help: the whole interval above 0 over every control; harm: below 0 over k real images alone",
-            "intervals: Student's t over seeds, which draw the k images; the held-out and the generated images, and the"
-            " generator, are the same throughout",
         ]
+        if about["seeds"] > 1:
+            notes += [
+                "help: the whole interval above 0 over every control; harm: below 0 over k real images alone",
+                "intervals: Student's t over seeds, which draw the k images; the held-out and the generated images, and"
+                " the generator, are the same throughout",
+            ]
         if about.get("heldout_in_training"):
             notes.append(
                 f"{about['heldout_in_training']} of {about['heldout_images']} held-out images are also training images,"
@@ -124,9 +132,13 @@ class Study:
                 "the classifier itself shifts every batch along time and varies its gain (--augment False: not at all),"
                 " so that time-shifted copies bring it nothing new"
             )
-        if about["seeds"] == 1:
-            notes.append("one seed: no intervals, and no verdict")
-        elif about["seeds"] < 3:
+        weak = [f"{share:.0%} at k = {k}" for k, share in about.get("right_of_own", {}).items() if share < LEARNED]
+        if weak:
+            notes.append(
+                f"undertrained: {REAL} names only part of the very images that it learned from, {', '.join(weak)};"
+                " give more --epochs or --steps before believing any arm"
+            )
+        if about["seeds"] == 2:
             notes.append(
                 "two seeds: each interval rests on one difference, so its width is luck; give --seeds 3 or more"
             )
@@ -151,7 +163,8 @@ class Study:
         cells = {(row["arm"], row["k"]): _cell(row) for row in self.rows()}
         rows = [[arm, *(cells.get((arm, k), "-") for k in self.accuracy)] for arm in ARMS]
         return Table(
-            title="accuracy on held-out real images, mean over users and seeds, 95 % over seeds",
+            title="accuracy on held-out real images, mean over users"
+            + (" and seeds, 95 % over seeds" if self.about["seeds"] > 1 else ", one seed"),
             header=["learns from", *(f"k = {k}" for k in self.accuracy)],
             rows=rows,
         )
@@ -229,11 +242,12 @@ class Study:
             if wide and rows[0]["low"] is not None:
                 low, high = ([row[key] for row in rows] for key in ("low", "high"))
                 axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), lw=0)
+        seeds = self.about["seeds"]
         axes.axhline(1 / len(self.users), linestyle=":", color="grey", label="chance")
         axes.set(
             xlabel="k, real images of each user",
             ylabel="accuracy on held-out real images",
-            title=f"{self.about['generated_per_user']} generated images a user, {self.about['seeds']} seeds",
+            title=f"{self.about['generated_per_user']} generated images a user, {seeds} seed{'s' if seeds > 1 else ''}",
             xticks=list(self.accuracy),
             ylim=(0, None),
         )

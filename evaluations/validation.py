@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,27 +17,33 @@ import numpy as np
 from guided_diffusion_vae.config import UserError, refuse_below
 
 from .classifier_tests import classifier_tests
-from .findings import Finding, Section, Table
+from .findings import AS_REAL_WORDS, NO_BETTER, Finding, Section, Table
 from .html import write_report
-from .image_sets import ImageSet
+from .image_sets import LABELS, ImageSet
 from .leaks import leak_report
 from .measure import EvaluationConfig, evaluate, refuse_too_few
 from .memorization import memorization
 from .metric_learning import DEFAULT_LOSS, LOSSES
 from .physics import physics
-from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report
+from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report, comparison
 from .sifting import METHODS, Sifted, Sifter, sifting, write_accept_list
 from .verification import split_users, verify
 
 TITLE = "Generated spectrograms, validated"
-MADE = ("accepted.csv", "closest_pairs.png", "confusion.png", "copied.png", "twins.png")  # by some parts
+BESIDE = "real_beside_generated.png"
+# what some parts make
+MADE = ("accepted.csv", BESIDE, "closest_pairs.png", "confusion.png", "copied.png", "rejected.png", "twins.png")
+UNLABELLED = (
+    f"nobody says whom the samples show: give {LABELS} of --real_dir. Not answered without: whether they show the right"
+    " person (TRTS, TSTR, the gain, the verification); physics and sifting ask only whether it is the gait of anybody"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(EvaluationConfig):
     """What is asked, and how often."""
 
-    parts: tuple = ("all",)  # of classifier,verification,statistics,physics,sifting,memorisation,leaks; or all
+    parts: tuple = ("all",)  # of classifier, verification, statistics, physics, sifting, memorisation, leaks; or all
     out_dir: str = ""  # where report.html, report.json, pictures and accepted.csv go; empty: validation/ by the samples
     judge_epochs: int = 20  # passes over the real training images, of every classifier and of the embedding
     seeds: int = 3  # classifiers a test
@@ -73,24 +80,35 @@ def validate(
     say=print,
     keep=lambda sections: None,
 ) -> dict[str, Section]:
-    """Every chosen part under its name, and before them all what they say in short.
+    """Every chosen part under its name; before them all what they say in short, and real beside generated images.
 
     Args:
         train, heldout, samples: see `measure.evaluate`.
-        say: told every section as soon as it is there.
+        say: told which part begins, how long it took, and every section as soon as it is there.
         keep: given all that is there, in short before it, after every part, so that a later fault loses nothing.
     Raises:
         UserError: too few users or images, before anything is learned.
     """
     refuse_at_the_start(train, heldout, samples, config)
+    beware = [UNLABELLED] if samples.labels is None else []
+    for note in beware:
+        say(f"note: {note}")
+    picture = comparison(heldout, samples, most=SHOWN, title="real, held out")
+    beside = Section(title="Real beside generated", pictures={BESIDE: picture})
     sections, found = {}, {}
-    for part in config.chosen:
+    for number, part in enumerate(config.chosen, start=1):
+        say(f"part {number} of {len(config.chosen)}, {part}: begins")
+        start = perf_counter()
         sections[part] = PARTS[part](train, heldout, samples, config, progress)
+        say(f"part {number} of {len(config.chosen)}, {part}: {perf_counter() - start:.0f} s")
         say(str(sections[part]))
-        lacking = [name for name in config.chosen if name not in sections]
-        found = {"in short": in_short(list(sections.values()), lacking), **sections}
+        short = in_short(list(sections.values()), config.chosen[number:], beware)
+        found = {"in short": short, "beside": beside, **sections}
+        if not short.notes:
+            del found["in short"]  # nothing that was asked has numbers
         keep(found)
-    say(str(found["in short"]))
+    if "in short" in found:
+        say(str(found["in short"]))
     return found
 
 
@@ -136,6 +154,7 @@ def statistics_section(report: Report) -> Section:
             value=getattr(rows[GENERATED], name),
             real=getattr(rows[SAME], name),
             worst=getattr(rows[SHUFFLED], name),
+            worst_is="shuffled",
             form=FORMATS[name],
             distance=name in ("fd_user", "kid_user"),
             about=f"{report.about['compared']} images against {report.about['heldout_images']} of other sessions",
@@ -204,6 +223,7 @@ QUESTIONS = {  # what is asked -> the findings that answer it; the one in the wo
     "Could a walking body have made them?": ("kept by the sifter",),
     "Are they no copies?": ("near copies", "twins of training images"),
 }
+SHOWN = 8  # users in the picture
 FD_TARGET = 50
 
 
@@ -255,11 +275,12 @@ def _answer(found: dict[str, Finding], names) -> Finding | None:
     return min(measured, key=lambda f: math.inf if f.place is None else f.place, default=None)
 
 
-def in_short(sections: list[Section], lacking=()) -> Section:
-    """A line for each question, and whether the targets are met, from the sections that are there.
+def in_short(sections: list[Section], lacking=(), beware=()) -> Section:
+    """A line for each question, whether the targets are met, and what stands out, from the sections that are there.
 
     Args:
         lacking: names of parts that are asked for and not there yet.
+        beware: sentences that come first.
     """
     found = {finding.name: finding for section in sections for finding in section.findings}
     floor = next((s.data["FD_user_floor"] for s in sections if "FD_user_floor" in s.data), None)
@@ -278,6 +299,26 @@ def in_short(sections: list[Section], lacking=()) -> Section:
         Table(title="targets", header=["target", "value", "", ""], rows=targets),
     ]
     notes = [f"unfinished: {', '.join(lacking)} not there yet"] if lacking else []
+    notes += beware
     notes += [f"{row[0]} {row[5]} ({row[1]} {row[2]}; real images {row[3]}, the worst {row[4]})" for row in answers]
     notes += [f"target {row[0]}: {', '.join(row[1:3])}" + (f"; {row[3]}" if row[3] else "") for row in targets]
-    return Section(title="In short", tables=[table for table in tables if table.rows], notes=notes)
+    return Section(
+        title="In short", tables=[table for table in tables if table.rows], notes=notes + _standing_out(sections)
+    )
+
+
+def _standing_out(sections: list[Section]) -> list[str]:
+    """Parts that no question asks about, by the number of their verdicts; and the findings at either end by name."""
+    asked, notes = {name for names in QUESTIONS.values() for name in names}, []
+    for section in sections:
+        judged = [finding for finding in section.findings if finding.place is not None]
+        if judged and not asked & {finding.name for finding in section.findings}:
+            as_real = sum(finding.verdict.startswith(AS_REAL_WORDS) for finding in judged)
+            notes.append(f"{section.title}: {as_real} of {len(judged)} findings are as real images")
+    found = [finding for section in sections for finding in section.findings]
+    beyond = [f"{f.name} ({f.shown(f.value)}, real images {f.shown(f.real)})" for f in found if f.beyond]
+    worst = [
+        f"{f.name} ({f.shown(f.value)}, the worst {f.shown(f.worst)})" for f in found if f.verdict.startswith(NO_BETTER)
+    ]
+    notes += [f"above real images, look why: {', '.join(beyond)}"] if beyond else []
+    return notes + ([f"{NO_BETTER}: {', '.join(worst)}"] if worst else [])

@@ -17,7 +17,7 @@ import numpy as np
 
 from guided_diffusion_vae.config import UserError
 
-from .findings import Finding, Section, Table
+from .findings import ABOVE, Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import refuse_too_few, set_aside, spread
 from .metric_learning import DEFAULT_LOSS, train_embedding
@@ -28,6 +28,7 @@ TITLE = "Verification: the same person?"
 MOST = 600  # images a side: 360,000 pairs are ranked in every round of the bootstrap, and users vary more than images
 FEW_USERS = 12  # with fewer nobody is kept from the embedding
 WEAK = 0.7  # AUC of real images below which the embedding is no judge
+WORST_IS = {"accepted": "another user", "falsely accepted": "the same user"}  # of the others chance
 FEW_TO_DRAW = 10  # an interval from fewer users is too narrow
 
 
@@ -183,9 +184,11 @@ def _findings(group: Group, threshold: float, seed: int, rounds: int) -> list[Fi
             value=generated[name],
             real=real[name],
             worst=worst,
+            worst_is=WORST_IS.get(name, "chance"),
             interval=intervals.get(name),
             form=form,
             about=about,
+            above=ABOVE if name == "AUC" else "",
         )
         for name, worst, form, about in rows
     ]

@@ -3,8 +3,8 @@
     python scripts/validate.py --real_dir DATA/train --heldout_dir DATA/test --samples runs/one/samples
 
 Asks everything that evaluate_samples.py asks in short, several times over and with intervals. No download: all judges
-learn here from the real images. Prints the findings; writes report.html, report.json, pictures and the sifter's
-accepted.csv, anew after every part.
+learn here from the real images. Prints which part begins and what it found; writes report.html, report.json, pictures
+and the sifter's accepted.csv, anew after every part.
 """
 
 from functools import partial
@@ -25,6 +25,7 @@ def main(argv=None):
     out = Path(run.out_dir or beside(run.samples, "validation"))
     refuse_unwritable(out / "report.html", "--out_dir")
     train, heldout, samples = read_sets(run)
+    out.mkdir(parents=True, exist_ok=True)
     written = []
 
     def keep(sections):

@@ -188,7 +188,26 @@ def test_one_seed_has_no_verdict():
     found = augmentation_study(walks(0), walks(1), walks(2), ks=(1,), seeds=1)
     assert found.gains[0].over[REAL].interval is None and found.gains[0].shown == 0
     assert "one seed, no interval" in str(found.gains[0])
-    assert "one seed: no intervals, and no verdict" in found.notes
+    assert found.verdict == "no verdict: one seed has no interval; give --seeds 3 or more"
+    assert "no verdict" in str(found.gains[0]) and "not shown to help" not in str(found)
+    assert not any("interval" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("share, said", [(0.62, True), (0.95, False)])
+def test_who_does_not_know_his_own_images_is_undertrained(share, said):
+    found = study_of(real=0.1, duplicates=0.0, shifted=0.15, masked=0.05, generated=0.2)
+    found.about["right_of_own"] = {1: share}
+    notes = [note for note in found.notes if note.startswith("undertrained")]
+    assert bool(notes) == said and all("62% at k = 1; give more --epochs" in note for note in notes)
+
+
+def test_how_well_a_classifier_knows_its_own_images(monkeypatch):
+    """The nearest neighbour knows them all; who always says the first user knows a quarter."""
+    study = partial(augmentation_study, walks(0), walks(1), walks(2), ks=(4,), seeds=2)
+    assert study().about["right_of_own"] == {4: 1.0}
+    monkeypatch.setattr(Nearest, "judge", lambda self, pixels: Judgement(None, np.zeros(len(pixels), int)))
+    found = study()
+    assert found.about["right_of_own"] == {4: 1 / USERS} and any("undertrained" in note for note in found.notes)
 
 
 def test_users_who_are_not_held_out_do_not_count(tmp_path):
@@ -234,8 +253,12 @@ def test_more_than_there_is_is_refused():
             {"per_user": 9},
         ),
         ("--samples has 0 images of user_03", (walks(0), walks(1), walks(2).take(np.arange(24))), {}),
-        ("--samples does not say who", (walks(0), walks(1), ImageSet(walks(2).pixels, None, None)), {}),
-        ("--heldout_dir does not say who", (walks(0), ImageSet(walks(1).pixels, None, None), walks(2)), {}),
+        (
+            "--samples does not say who is shown; it needs an .npz with labels in arr_1, or a folder",
+            (walks(0), walks(1), ImageSet(walks(2).pixels, None, None)),
+            {},
+        ),
+        ("--heldout_dir shows none of the users", (walks(0), ImageSet(walks(1).pixels, None, None), walks(2)), {}),
     ):
         with pytest.raises(UserError, match=wanted):
             augmentation_study(*sets, **{"ks": (1,), **options})
@@ -266,7 +289,7 @@ def test_the_command(tmp_path):
     th.manual_seed(0)
     flags = save_sets(tmp_path, walks(0, each=4), walks(1, each=2), walks(2, each=2))
     done = script("augmentation_study.py", *flags, "--ks", "1,2", "--seeds", 1, "--steps", 2)
-    assert "k = 2: generated images" in done.stdout
+    assert "k = 2: no verdict" in done.stdout and "over seeds" not in done.stdout
     assert len(list(csv.DictReader((tmp_path / "augmentation" / "study.csv").open()))) == 14
     failed = script("augmentation_study.py", *flags, "--ks", "1,9", check=False)
     assert failed.returncode == 2 and failed.stderr.startswith(

@@ -54,7 +54,7 @@ def test_samples_as_good_as_real_ones_score_like_them(by_neighbours):
     found, section = found_in(walks(0), walks(1), walks(2))
     assert [found[name].value for name in ("TRTR", "TRTS", "TSTR", "gain")] == [1, 1, 1, 0]
     assert found["TSTR"].verdict == "as real images" and found["TSTR"].worst == 1 / USERS
-    assert found["TSTR"].interval == (1, 1)
+    assert found["TSTR"].interval == (pytest.approx(6 / (6 + 1.96**2)), 1)  # six of six users, by Wilson
     assert found["IS_user"].value == pytest.approx(USERS) == found["users named"].value
     assert np.array_equal(section.data["confusion_trts"], 2 * 8 * np.eye(USERS))
     assert not any("too little" in note for note in section.notes)
@@ -75,6 +75,30 @@ def test_swapped_users_are_named_wrong(by_neighbours):
     assert found["TRTS"].value == 0 == found["TSTR"].value and found["TRTS"].verdict == "no better than the worst"
     rows = section.tables[0].rows
     assert rows[0][:4] == ["user_00", 8, 8, 8] and rows[0][4:7] == [1, 0, 0]
+
+
+def test_brightness_that_tells_generated_users_and_not_real_ones_is_an_alarm(by_neighbours):
+    """Held-out real images have the brightness of another session, generated ones that of the training."""
+    shift = 12 * np.arange(USERS)
+
+    def lit(images, by):
+        pixels = np.clip(images.pixels * 0.5 + 30 + by[images.labels][:, None, None, None], 0, 255)
+        return images._replace(pixels=pixels.astype(np.uint8))
+
+    found, section = found_in(lit(walks(0), shift), lit(walks(1), np.roll(shift, 1)), lit(walks(2), shift))
+    assert found["shortcut"].value > 0.9 and found["shortcut"].real < 0.3
+    assert found["shortcut"].verdict == "alarm: above real images"
+    assert any(note.startswith("alarm: a few numbers") for note in section.notes)
+
+
+def test_right_means_little_where_the_ceiling_is_chance(by_neighbours):
+    """The last user walks in other ways when held out, and as in training when generated."""
+    held = walks(1)
+    swapped = held._replace(pixels=np.where((held.labels == 5)[:, None, None, None], walks(1).pixels[:1], held.pixels))
+    _, section = found_in(walks(0), swapped, walks(2))
+    said = [note for note in section.notes if note.startswith("'right' means little for")]
+    assert len(said) == 1 and "for user_05:" in said[0]
+    assert not any("means little" in note for note in found_in(walks(0), walks(1), walks(2))[1].notes)
 
 
 def test_noise_teaches_nothing(by_neighbours):

@@ -30,6 +30,24 @@ def test_place_and_verdict(numbers, place, words):
     assert finding.as_dict()["verdict"] == finding.verdict
 
 
+@pytest.mark.parametrize(
+    "numbers, words",
+    [
+        (dict(value=0.44, real=0.20, worst=0.03, interval=(0.36, 0.53)), "alarm"),
+        (dict(value=0.44, real=0.20, worst=0.03, interval=(0.19, 0.53)), "as real images"),  # by chance
+        (dict(value=0.205, real=0.20, worst=0.03, interval=(0.201, 0.21)), "as real images"),  # hardly
+        (dict(value=0.44, real=0.20, worst=0.03), "as real images"),  # nobody knows
+        (dict(value=0.44, real=0.03, worst=0.05, interval=(0.36, 0.53)), "alarm"),  # real images worse than the worst
+        (dict(value=0.10, real=0.20, worst=0.03, interval=(0.05, 0.15)), "nearer to the worst than to real images"),
+    ],
+)
+def test_too_much_of_a_good_thing(numbers, words):
+    finding = Finding(name="x", above="alarm", **numbers)
+    assert finding.verdict == words and finding.beyond == (words == "alarm")
+    assert not Finding(name="x", **numbers).beyond
+    assert Finding(name="x", caveat="of anybody", above="alarm", **numbers).verdict == f"{words} (of anybody)"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_not_measured(bad):
     for name in ("value", "real", "worst"):
@@ -45,3 +63,15 @@ def test_a_section_reads_as_text():
     text = str(Section(title="Identity", findings=[finding], notes=["one seed"])).splitlines()
     assert text[1:3] == ["Identity", "--------"] and text[-1] == "note: one seed"
     assert text[4].split() == "TSTR 41% 38% to 44% 60% 3% nearer to real images than to the worst".split()
+
+
+def test_what_the_worst_is_and_medians_stand_in_columns_of_their_own():
+    options = {"real": 0.5, "worst": 1.1, "form": "{:.2f}"}
+    findings = [
+        Finding(name="cadence", value=0.62, worst_is="another user", medians=(4.25, 3.5), **options),
+        Finding(name="a name longer than any other", value=0.5, **options),
+    ]
+    text = str(Section(title="Gait", findings=findings, value_is="distance")).splitlines()
+    assert text[3:5] == ["value: distance", f"{'':<28}  value  real  worst                generated  held out"]
+    assert text[5].split()[1:8] == ["0.62", "0.50", "1.10", "another", "user", "4.25", "3.5"]
+    assert len({line.index(word) for line, word in zip(text[5:], ("nearer", "as real"), strict=True)}) == 1

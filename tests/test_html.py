@@ -82,6 +82,16 @@ def test_a_finding_is_a_row():
     assert next(row for row in page.rows if row[0] == EVIL)[1] == "-"
 
 
+def test_the_page_says_what_the_value_and_the_worst_are():
+    gait = Finding(name="cadence", value=0.6, real=0.5, worst=1.0, worst_is="shuffled", medians=(4.25, 3.5))
+    alarm = Finding(name="shortcut", value=0.4, real=0.2, worst=0.0, interval=(0.3, 0.5), above="alarm")
+    page = Page(render("t", [Section(title="One", findings=[gait, alarm], value_is="distance")], {}))
+    medians = ["median, generated", "median, held out"]
+    assert page.rows[0] == ["", "distance", "95 % interval", "real images", "worst", *medians, "worst to real", ""]
+    assert page.rows[1][3:7] == ["0.5", "1shuffled", "4.25", "3.5"] and page.rows[2][-1] == "alarm"
+    assert len([style for style in page.bars if "left" in style]) == 1  # none of the alarm
+
+
 def test_cells_are_short_and_missing_numbers_are_dashes():
     rows = Page(render("t", sections(), {"n": 3, "wide": np.float32(0.25)})).rows
     assert ["user_00", "0.123"] in rows and [EVIL, "-"] in rows and ["1", "-"] in rows

@@ -98,6 +98,30 @@ def test_folders_are_brought_to_the_samples_size_without_distortion(tmp_path):
     assert found.pixels.shape == (2, 4, 4, 3) and (found.pixels == 200).all() and found.labels.tolist() == [0, 1]
 
 
+def test_a_folder_of_splits_is_refused_and_images_of_another_size_are_said(tmp_path):
+    for split in ("test", "train"):
+        for user in ("user_00", "user_01"):
+            (tmp_path / split / user).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / user / "a.png")
+    for flag, split in (("--real_dir", "train"), ("--heldout_dir", "test")):
+        words = f"{flag} {tmp_path} has test, train in it, which are no users: give {tmp_path / split}"
+        with pytest.raises(UserError, match=f"^{words}$"):
+            read_folder(tmp_path, flag)
+    said = []
+    read_folder(tmp_path / "train", "--real_dir", (4, 4), say=said.append)
+    read_folder(tmp_path / "train", "--real_dir", say=said.append)
+    assert said == ["--real_dir: 2 of 2 images have another size, such as 8 x 8: brought to 4 x 4"]
+
+
+def test_the_interval_of_a_share():
+    """Wilson's: 0 to z^2 / (n + z^2) of none, symmetric of a half."""
+    z2 = 1.96**2
+    assert measure.share_interval(0, 100) == (0, pytest.approx(z2 / (100 + z2)))
+    assert measure.share_interval(100, 100) == (pytest.approx(100 / (100 + z2)), 1)
+    low, high = measure.share_interval(50, 100)
+    assert low + high == pytest.approx(1) and low == pytest.approx(0.4038, abs=1e-4)
+
+
 def test_samples_are_numbered_by_the_training_folder():
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     folder = ImageSet(pixels, np.array([0, 0, 1]), ["user_03", "user_07"])
@@ -113,8 +137,12 @@ def test_samples_are_numbered_by_the_training_folder():
 @pytest.mark.parametrize(
     "arrays, wanted",
     [
-        ([np.zeros((4, 8, 8, 3), np.float32)], "uint8"),
-        ([np.zeros((4, 3, 8, 8), np.uint8)], "uint8"),
+        ([np.full((4, 8, 8, 3), 0.5, np.float32)], r"0 to 255: \(x \* 255\)"),
+        ([np.linspace(-1, 1, 768, dtype=np.float32).reshape(4, 8, 8, 3)], r"0 to 255: \(\(x \+ 1\) \* 127.5\)"),
+        ([np.full((4, 8, 8, 3), 200.0)], r"uint8 .* x.round\(\).clip\(0, 255\)"),
+        ([np.zeros((4, 3, 8, 8), np.uint8)], r"channels are first, so write it again as x.transpose\(0, 2, 3, 1\)"),
+        ([np.zeros((4, 8, 8, 4), np.uint8)], "drop alpha"),
+        ([np.zeros((4, 8, 8), np.uint8)], "grey images"),
         ([np.zeros((0, 8, 8, 3), np.uint8)], "uint8"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int)], "arr_1"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4)], "arr_1"),
@@ -136,7 +164,8 @@ def test_a_damaged_npz_is_one_line(tmp_path, content):
         np.savez(path, **{"arr_0" if content == "truncated" else "images": np.zeros((4, 8, 8, 3), np.uint8)})
         if content == "truncated":
             path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match="--samples") as error:
+    wanted = "--samples.* has images, but no arr_0" if content == "other" else "--samples"
+    with pytest.raises(UserError, match=wanted) as error:
         read_samples(path)
     assert "\n" not in str(error.value)
 

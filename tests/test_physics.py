@@ -144,6 +144,7 @@ def test_one_user_has_no_other_and_no_interval(labels):
     train, held, made = (walks(8, seed, users=1, labels=labels) for seed in range(3))
     section = ph.physics(train, held, made, seed=0)
     assert not any("another user" in note for note in section.notes)
+    assert "another user" not in {finding.worst_is for finding in section.findings}
     assert {finding.interval for finding in section.findings} == {None}
     found = {finding.name: finding for finding in section.findings}
     assert found["cadence"].place > 0.8  # the worst is a standard deviation off, or shuffled: never the user himself
@@ -152,8 +153,18 @@ def test_one_user_has_no_other_and_no_interval(labels):
 
 def test_of_two_users_the_other_is_the_worst_where_he_differs():
     section = ph.physics(walks(8, 0, users=2), walks(8, 1, users=2), walks(8, 2, users=2), seed=0)
-    said = next(note for note in section.notes if "another user" in note)
-    assert "torso" in said and "cadence" in said and section.findings[0].interval is None
+    other = {finding.name for finding in section.findings if finding.worst_is == "another user"}
+    assert {"torso", "cadence"} <= other and section.findings[0].interval is None
+    assert any("another user's pictures" in note for note in section.notes)
+
+
+def test_medians_are_in_the_unit_of_the_quantity():
+    """Users of 4, 5, 6 and 7 steps a picture: the median lies between; without labels the verdict says so."""
+    train, held, made = walks(6, 0), walks(6, 1), walks(6, 2)
+    cadence = findings(train, held, made)["cadence"]
+    assert cadence.medians == pytest.approx((5.5, 5.5), abs=0.3) and cadence.value < 0.5
+    pooled = findings(train, held, made._replace(labels=None, class_names=None))["cadence"]
+    assert pooled.verdict == "as real images (as one user)"
 
 
 def test_what_is_assumed_is_said_and_what_is_given_is_not():

@@ -68,6 +68,9 @@ def test_without_labels_a_picture_must_suit_somebody():
     assert kept(everybody, held) > 0.9 and kept(everybody, shuffled) == 0
     section = sifting(train, held, nobody, seed=0)
     assert any("not all sets are labelled" in note for note in section.notes)
+    assert section.findings[0].verdict == "as real images (of anybody)"
+    with_labels = sifter.sift(held).accepted.mean()
+    assert any(f"with their labels {with_labels:.1%} of the held-out ones" in note for note in section.notes)
 
 
 def test_unlabelled_samples_and_real_pictures_are_judged_alike(monkeypatch):
@@ -88,6 +91,28 @@ def test_every_user_counts_alike():
     uneven = fine.take(np.arange(20))._replace(pixels=np.concatenate([fine.pixels[:16], wrong]))
     finding = sifting(train, uneven, uneven, seed=0).findings[0]
     assert finding.value == finding.real == 0.5 and finding.interval is None  # of two users
+
+
+def test_users_who_are_left_with_few_are_named_and_rejected_images_shown():
+    """Of three users all, one of eight, and none of the pictures stay whole."""
+    train, made = walks(20, 0, users=3), walks(8, 0, users=3)
+    broken = np.repeat([False, True, True, True], [9, 7, 0, 8])
+    pixels = made.pixels.copy()
+    pixels[broken] = shuffle_pixels(pixels[broken], np.random.default_rng(0))
+    section = sifting(train, made, made._replace(pixels=pixels), seed=0)
+    assert "no image is accepted of user_02" in section.notes
+    assert "fewer than a quarter of the images are accepted of user_01 (12%)" in section.notes
+    picture = np.asarray(section.pictures["rejected.png"])
+    assert picture.shape[0] == 6 + 4 * 102  # eight of fifteen, two a row
+    first = np.asarray(pixels[9]).repeat(2, axis=0).repeat(2, axis=1)[:2, :2]
+    assert np.array_equal(picture[6, 6], first[0, 0])
+    assert not sifting(train, made, made, seed=0).pictures
+
+
+def test_a_share_without_spread_has_an_interval_all_the_same():
+    train, held = walks(20, 0), walks(6, 0)
+    (kept_all,) = sifting(train, held, held, seed=0).findings
+    assert kept_all.value == 1 and kept_all.interval == (pytest.approx(24 / (24 + 1.96**2)), 1.0)
 
 
 def test_a_user_without_real_pictures():

@@ -62,6 +62,20 @@ def test_every_question_is_answered_by_its_number():
     assert not in_short([section()]).tables and not in_short([]).notes
 
 
+def test_what_stands_out_is_named_in_the_last_lines():
+    ends = {"real": 1.0, "worst": 3.0, "form": "{:.1f}"}
+    body = [Finding(name=name, value=value, **ends) for name, value in (("torso", 1.0), ("noise", 3.2), ("swing", 2.9))]
+    judge = Finding(name="shortcut", value=0.4, real=0.2, worst=0.0, interval=(0.3, 0.5), above="alarm", form="{:.0%}")
+    trts = Finding(name="TRTS", value=0.9, real=1.0, worst=0.0)
+    notes = in_short([section(trts, judge), Section(title="Physics", findings=body)]).notes
+    assert notes[-3:] == [
+        "Physics: 1 of 3 findings are as real images",
+        "above real images, look why: shortcut (40%, real images 20%)",
+        "no better than the worst: noise (3.2, the worst 3.0), swing (2.9, the worst 3.0)",
+    ]
+    assert not any("TRTS" in note for note in notes[-3:])
+
+
 @pytest.mark.parametrize("copies, twins, quoted", [(0.0, 0.3, "twins"), (0.3, 0.0, "near"), (0.0, 0.0, "near")])
 def test_of_two_signs_of_copying_the_worse_is_quoted(copies, twins, quoted):
     shares = {"near copies": copies, "twins of training images": twins}
@@ -225,9 +239,9 @@ def kept(folder, **options):
 
 def test_the_report_grows_part_by_part(parts, tmp_path):
     names, seen = kept(tmp_path)
-    assert names == ["accepted.csv", "closest_pairs.png", "report.html", "report.json"]
+    assert names == ["accepted.csv", "closest_pairs.png", validation.BESIDE, "report.html", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert [sections for sections, _ in seen] == [["in short", *list(parts)[:n]] for n in (1, 2, 3)]
+    assert [sections for sections, _ in seen] == [["in short", "beside", *list(parts)[:n]] for n in (1, 2, 3)]
     assert [note.startswith("unfinished") for _, note in seen] == [True, True, False]
     assert seen[0][1] == "unfinished: sifting, memorisation not there yet"
     assert (tmp_path / "accepted.csv").read_text().splitlines()[:3] == [
@@ -243,7 +257,7 @@ def test_a_fault_loses_nothing_of_what_was_there(parts, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         kept(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [part["title"] for part in report["sections"]] == ["In short", "t", "t"]
+    assert [part["title"] for part in report["sections"]] == ["In short", "Real beside generated", "t", "t"]
     assert report["sections"][0]["notes"][0] == "unfinished: memorisation not there yet"
     assert (tmp_path / "accepted.csv").exists()
 
@@ -252,14 +266,14 @@ def test_of_a_former_report_nothing_is_left_and_of_others_everything(parts, tmp_
     kept(tmp_path)
     (tmp_path / "mine.png").write_bytes(b"not ours")
     names, _ = kept(tmp_path, parts=("statistics",))
-    assert names == ["report.html", "report.json"]
+    assert names == [validation.BESIDE, "report.html", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.png", *names]
 
 
 def test_all_that_parts_draw_is_known():
     files = ("classifier_tests", "verification", "measure", "physics", "sifting", "memorization", "leaks")
     source = "".join((ROOT / "evaluations" / f"{name}.py").read_text() for name in files)
-    assert set(re.findall(r'"(\w+\.png)"', source)) == {name for name in validation.MADE if name.endswith(".png")}
+    assert set(re.findall(r'"(\w+\.png)"', source)) == {*validation.MADE} - {"accepted.csv", validation.BESIDE}
 
 
 def test_each_part_is_a_function_of_its_name():
@@ -290,16 +304,46 @@ def test_what_is_not_asked_is_not_checked(monkeypatch, parts):
     monkeypatch.setattr(validation, "PARTS", {name: lambda *args: section() for name in PARTS})
     config = ValidationConfig(parts=parts, open_set_users=11, sift_method="hull")
     found = validate(noise(0, each=4), noise(1), noise(2), config, say=lambda text: None)
-    assert set(found) == {"in short", *parts}
+    assert set(found) == {"beside", *parts}  # and nothing in short of parts without numbers
     unlabelled = ValidationConfig(parts=("verification",), open_set_users=11)  # nobody is verified then
     assert validate(noise(0), noise(1), noise(2, labels=False), unlabelled, say=lambda text: None)
+
+
+def test_every_part_is_announced_and_timed(parts):
+    said = []
+    validate(noise(0), noise(1), noise(2), ValidationConfig(parts=("sifting", "statistics")), say=said.append)
+    assert [line for line in said if line.startswith("part")] == [
+        "part 1 of 2, statistics: begins",
+        "part 1 of 2, statistics: 0 s",
+        "part 2 of 2, sifting: begins",
+        "part 2 of 2, sifting: 0 s",
+    ]
+    assert said[0].startswith("part 1") and said[-1].strip().startswith("In short")
+
+
+def test_unlabelled_samples_are_said_first_and_in_short(parts):
+    said = []
+    found = validate(noise(0), noise(1), noise(2, labels=False), ValidationConfig(), say=said.append)
+    assert "an .npz with labels in arr_1, or a folder" in said[0] and "TRTS, TSTR" in said[0]
+    assert said[0] == f"note: {found['in short'].notes[0]}"
+
+
+def test_the_picture_shows_held_out_images_of_eight_users_beside_generated_ones(parts):
+    held, made = noise(1, size=16), noise(2, size=16)
+    found = validate(noise(0, size=16), held, made, ValidationConfig(parts=("statistics",)), say=lambda text: None)
+    picture = np.asarray(found["beside"].pictures[validation.BESIDE])
+    assert picture.shape[0] == 16 + 8 * 20
+    second = picture[36:52]  # of 12 users the second that is shown is user_01
+    assert np.array_equal(second[:, 68:84], held.pixels[6]) and np.array_equal(second[:, 160:176], made.pixels[6])
+    assert [user * 12 // 8 for user in range(8)][-1] == 10
+    assert np.array_equal(picture[156:172, 68:84], held.pixels[60])
 
 
 def test_the_parts_are_called_as_they_are_meant_to_be(tmp_path):
     """The quick ones for real: no argument is left out or renamed."""
     config = ValidationConfig(parts=("physics", "sifting", "memorisation", "leaks"), sift_method="hull")
     found = validate(noise(0, size=32), noise(1, size=32), noise(2, size=32), config, say=lambda text: None)
-    assert list(found) == ["in short", "physics", "sifting", "memorisation", "leaks"]
+    assert list(found) == ["in short", "beside", "physics", "sifting", "memorisation", "leaks"]
     assert write_validation(tmp_path, found, noise(2, size=32), {})[0] == tmp_path / "report.html"
     assert any(row[0] == "Are they no copies?" for row in table(found["in short"], "answers"))
 
