@@ -116,10 +116,9 @@ def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Mo
     if choice.network == "unet":
         settings = settings_of(run, ModelConfig)
         sigma = run.learn_sigma and choice.process == "gaussian"
-        model = create_model_vae(
+        return create_model_vae(
             vae, **settings, learn_sigma=sigma, num_classes=num_classes, class_dropout_prob=choice.label_dropout
         )
-        return model.to(memory_format=th.channels_last)
     channels, height, _ = vae.latent_shape(run.image_size)
     options = settings_of(run, DiTConfig)
     return create_dit(

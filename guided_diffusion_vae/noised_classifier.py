@@ -194,8 +194,7 @@ def create_latent_classifier(config: LatentClassifierConfig, vae, *, num_classes
             f" or leave the {side} out of --classifier_attention_resolutions {config.classifier_attention_resolutions}"
         )
     settings |= {"image_size": side, "channel_mult": ",".join(map(str, levels))}
-    model = create_classifier(**settings, in_channels=channels, num_classes=num_classes)
-    return model.to(memory_format=th.channels_last)
+    return create_classifier(**settings, in_channels=channels, num_classes=num_classes)
 
 
 def load_classifier(path, vae, *, run, class_names: list[str] | None = None) -> tuple[th.nn.Module, list[str]]:
@@ -227,7 +226,7 @@ def load_classifier(path, vae, *, run, class_names: list[str] | None = None) -> 
     weights = network_weights(weights, path=f"--classifier_path {path}")
     model = create_latent_classifier(config, vae, num_classes=len(class_names))
     load_weights(model, weights, path=f"--classifier_path {path}", given={})
-    model.to(dist_util.dev()).requires_grad_(False)
+    model.to(dist_util.dev(), memory_format=th.channels_last).requires_grad_(False)
     if config.classifier_use_fp16:
         model.convert_to_fp16()
     return model.eval(), class_names
