@@ -23,8 +23,8 @@ from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.image_folder import MAX_PIXELS, list_images, read_rgb
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 
-from .image_sets import pngs_of
-from .value_range import look_for_casts, refuse_unit_range
+from .image_sets import pngs_of, refuse_splits
+from .value_range import look_for_casts, refuse_unit_range, remedy_of
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 FEWEST = 4  # precision and recall look at the third other neighbour
@@ -32,7 +32,6 @@ BLOCK_BYTES = 1 << 28  # of images at a time, however large one is
 SMALL_BYTES = 1 << 28  # of a member that is loaded whole: labels, statistics
 WHOLE_BYTES = 1 << 32  # of images whose order on disk (Fortran's) does not let them be read a few at a time
 ROUNDING = 1e-5  # of the largest entry: how far a stored covariance may be from symmetric
-PARTS = "train", "val", "valid", "validation", "test"  # of a data set, which two subfolders of these names make
 NAMED = 8  # arrays of an .npz that an error lists
 
 
@@ -103,12 +102,7 @@ class FolderBatch(Batch):
     """
 
     def __init__(self, path, flag: str, *, image_size: int = 0, skip_bad_images: bool = False, say=print):
-        parts = [name for name in PARTS if (Path(path) / name).is_dir()]
-        if len(parts) > 1:
-            raise UserError(
-                f"{flag} {path} holds {', '.join(parts)}, which are not one set: give one, such as"
-                f" {Path(path) / parts[0]}"
-            )
+        refuse_splits(path, flag)
         with _naming(flag):
             found = list_images(pngs_of(Path(path), flag))
             if skip_bad_images:
@@ -269,14 +263,8 @@ class NpzBatch(Batch):
         if dtype.kind not in "uif":
             raise UserError(f"{given}; images must be numbers from 0 to 255, best uint8 (N, height, width, 3)")
         grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-        if len(shape) not in (3, 4):
-            raise UserError(f"{given}; it must be (N, height, width, 3)")
-        if not grey and shape[3] != 3:
-            if shape[1] in (1, 3, 4):
-                raise UserError(f"{given}, channels first; give channels last: x.transpose(0, 2, 3, 1)")
-            if shape[3] == 4:
-                raise UserError(f"{given}, RGB with alpha; drop alpha: x[..., :3]")
-            raise UserError(f"{given}; it must be (N, height, width, 3)")
+        if not grey and shape[3:] != (3,):
+            raise UserError(given + remedy_of(shape))
         if grey and not grey_to_rgb:
             raise UserError(f"{given}, grey; give --grey_to_rgb True to repeat it to three channels")
         if 0 in shape[1:3] or shape[1] * shape[2] > MAX_PIXELS:

@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.image_folder import list_files, list_images, read_rgb, refuse
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
+from guided_diffusion_vae.image_datasets import PARTS
 from guided_diffusion_vae.sample_util import read_manifest
 
-from .value_range import refuse_unit_range
+from .value_range import refuse_unit_range, remedy_of
 
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "heldout")  # folders that are no users
 LABELS = "an .npz with labels in arr_1, or a folder with one subfolder a user"  # whom samples show
 
 
@@ -59,7 +59,7 @@ def read_folder(
         found = list_images(folder)
     except UserError as error:
         raise UserError(str(error).replace("--data_dir", flag)) from error
-    _refuse_splits(folder, found.paths, flag)
+    refuse_splits(folder, flag)
     images, bad, sizes = [], [], []
     try:
         if skip_bad_images:
@@ -84,13 +84,12 @@ def read_folder(
     return ImageSet(np.stack(images), np.array(found.labels), found.class_names, files)
 
 
-def _refuse_splits(folder, paths: list[str], flag: str) -> None:
-    """Raise if every image lies in a folder such as train, val or test: one level too high."""
-    inside = sorted({Path(path).relative_to(folder).parts[0] for path in paths})
-    if all(name.lower() in SPLITS for name in inside):
-        likely = ("train", "training") if flag == "--real_dir" else ("test", "heldout")
-        place = Path(folder) / next((name for name in inside if name.lower() in likely), inside[0])
-        raise UserError(f"{flag} {folder} has {', '.join(inside)} in it, which are no users: give {place}")
+def refuse_splits(folder, flag: str) -> None:
+    """Raise if there are two or more folders such as train and test in it, which are neither users nor one set."""
+    found = [name for name in PARTS if (Path(folder) / name).is_dir()]
+    if len(found) > 1:
+        place = Path(folder) / found[-1 if flag == "--heldout_dir" else 0]
+        raise UserError(f"{flag} {folder} holds {', '.join(found)}, which are not one set: give one, such as {place}")
 
 
 def read_real(real_dir, heldout_dir, size: tuple[int, int], **options) -> tuple[ImageSet, ImageSet]:
@@ -141,20 +140,13 @@ def read_samples(path, **options) -> ImageSet:
 
 def _refuse_pixels(pixels: np.ndarray, at: str) -> None:
     """Raise if an array is not uint8 (N, H, W, 3), with the remedy where it can be told."""
-    said = f"{at}: arr_0 is {pixels.dtype} {pixels.shape}; it must be uint8 (N, height, width, 3)"
+    said = f"{at}: arr_0 is {pixels.dtype} {pixels.shape}"
     if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        remedy = ""
-        if pixels.ndim == 4 and pixels.shape[1] == 3:
-            remedy = ": channels are first, so write it again as x.transpose(0, 2, 3, 1)"
-        elif pixels.ndim == 4 and pixels.shape[3] == 4:
-            remedy = ": drop alpha, x[..., :3]"
-        elif pixels.ndim == 3 or pixels.shape[3:] == (1,):
-            remedy = ": grey images must be repeated to three channels"
-        raise UserError(said + remedy)
+        raise UserError(said + remedy_of(pixels.shape))
     if pixels.dtype.kind == "f":
         refuse_unit_range([pixels], pixels.dtype, at)
     if pixels.dtype != np.uint8:
-        raise UserError(f"{said}: write it again as x.round().clip(0, 255).astype('uint8')")
+        raise UserError(f"{said}; it must be uint8: write it again as x.round().clip(0, 255).astype('uint8')")
 
 
 def pngs_of(folder: Path, flag: str) -> Path:

@@ -1,4 +1,4 @@
-"""Are the numbers of an array pixels from 0 to 255, or floats in [0, 1] or [-1, 1] that somebody forgot to convert?"""
+"""Is an array images, with numbers from 0 to 255, or are its axes or its numbers those of something else?"""
 
 from collections.abc import Iterable
 
@@ -11,6 +11,17 @@ TO_PIXELS = {
     "[0, 1]": "(x * 255).round().clip(0, 255).astype('uint8')",
 }
 CAST = {-1, 0, 1, 254, 255}  # what a mere cast to integers leaves of floats in [-1, 1]
+
+
+def remedy_of(shape: tuple[int, ...]) -> str:
+    """What to do about an array that is not (N, height, width, 3): a clause after what it is, or what it must be."""
+    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4):
+        return ", channels first; give channels last: x.transpose(0, 2, 3, 1)"
+    if len(shape) == 4 and shape[3] == 4:
+        return ", RGB with alpha; drop alpha: x[..., :3]"
+    if len(shape) == 3 or shape[3:] == (1,):
+        return ", grey; repeat it to three channels: np.stack([x.squeeze()] * 3, axis=-1)"
+    return "; it must be (N, height, width, 3)"
 
 
 def refuse_unit_range(blocks: Iterable[np.ndarray], dtype, at: str) -> None:

@@ -25,7 +25,7 @@ from .data.latent_shards import LatentShards, find_shards
 from .data.stream import POSTERIOR, SEEN, BatchStream, mix, slot_randn
 from .vae_wrapper import warn_unless_unit_variance
 
-PARTS = {"train", "val", "valid", "validation", "test"}  # names of folders that hold no person
+PARTS = "train", "training", "val", "valid", "validation", "test", "heldout"  # names of folders that hold no person
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def check_classes(folder: ImageFolder | LatentShards, data_dir):
             f"--class_cond True, but all images of --data_dir {data_dir} are of one class ({folder.class_names[0]}): a"
             " class is a subfolder, or what stands before the first _ of the names; give several, or --class_cond False"
         )
-    if set(folder.class_names) <= PARTS:
+    if set(folder.class_names) <= set(PARTS):
         raise UserError(
             f"--data_dir {data_dir} holds the parts {', '.join(folder.class_names)}, not users:"
             f" give {Path(data_dir) / 'train'}"
@@ -232,7 +232,7 @@ def load_data_with_vae(
     folder = list_images(data_dir)
     if class_cond:
         check_classes(folder, data_dir)
-    elif set(folder.class_names) <= PARTS:
+    elif set(folder.class_names) <= set(PARTS):
         say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
     vae.latent_shape(image_size)  # complains here, in one line, about a size that the autoencoder cannot halve
     if skip_bad_images:

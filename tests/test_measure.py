@@ -104,7 +104,7 @@ def test_a_folder_of_splits_is_refused_and_images_of_another_size_are_said(tmp_p
             (tmp_path / split / user).mkdir(parents=True)
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / user / "a.png")
     for flag, split in (("--real_dir", "train"), ("--heldout_dir", "test")):
-        words = f"{flag} {tmp_path} has test, train in it, which are no users: give {tmp_path / split}"
+        words = f"{flag} {tmp_path} holds train, test, which are not one set: give one, such as {tmp_path / split}"
         with pytest.raises(UserError, match=f"^{words}$"):
             read_folder(tmp_path, flag)
     said = []
@@ -139,10 +139,10 @@ def test_samples_are_numbered_by_the_training_folder():
     [
         ([np.full((4, 8, 8, 3), 0.5, np.float32)], r"0 to 255: \(x \* 255\)"),
         ([np.linspace(-1, 1, 768, dtype=np.float32).reshape(4, 8, 8, 3)], r"0 to 255: \(\(x \+ 1\) \* 127.5\)"),
-        ([np.full((4, 8, 8, 3), 200.0)], r"uint8 .* x.round\(\).clip\(0, 255\)"),
-        ([np.zeros((4, 3, 8, 8), np.uint8)], r"channels are first, so write it again as x.transpose\(0, 2, 3, 1\)"),
+        ([np.full((4, 8, 8, 3), 200.0)], r"uint8: .* x.round\(\).clip\(0, 255\)"),
+        ([np.zeros((4, 3, 8, 8), np.uint8)], r"channels first; .*x.transpose\(0, 2, 3, 1\)"),
         ([np.zeros((4, 8, 8, 4), np.uint8)], "drop alpha"),
-        ([np.zeros((4, 8, 8), np.uint8)], "grey images"),
+        ([np.zeros((4, 8, 8), np.uint8)], "grey; repeat it"),
         ([np.zeros((0, 8, 8, 3), np.uint8)], "uint8"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int)], "arr_1"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4)], "arr_1"),

@@ -85,7 +85,7 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
 
 def _extract_part(name: str, data_dir, config: ExtractConfig, vae, say) -> None:
     folder = list_images(data_dir)
-    if set(folder.class_names) <= PARTS:
+    if set(folder.class_names) <= set(PARTS):
         say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
     if config.skip_bad_images:
         folder = drop_bad_images(folder, say)
