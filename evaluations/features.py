@@ -145,12 +145,11 @@ def tested(space: FeatureSpace, labels, probabilities) -> tuple[FeatureSpace, li
     users, aside = np.unique(labels, return_inverse=True)[1], ~space.learned
     k = int(users.max()) + 1
     right, wanted = float((probabilities.argmax(axis=1) == users)[aside].mean()), min(3 / k, (1 + 1 / k) / 2)
-    each, warnings = min(int(space.learned.sum()), MOST_LEARNED) / k, []
-    if each < ENOUGH or right < wanted:
-        warnings.append(
-            f"{space.name} features are weak: {each:.3g} images a user to learn from ({ENOUGH} wanted), {right:.0%} of"
-            f" the others named right ({wanted:.0%} wanted): give the training folder as REF, or more images"
-        )
+    each = min(int(space.learned.sum()), MOST_LEARNED) / k
+    weak = [f"{each:.3g} images a user to learn from, {ENOUGH} are wanted"] if each < ENOUGH else []
+    weak += [f"{right:.0%} of the others named right, {wanted:.0%} are wanted"] if right < wanted else []
+    remedy = "give the training folder as REF, or more images"
+    warnings = [f"{space.name} features are weak ({'; '.join(weak)}): {remedy}"] if weak else []
     score = classifier_inception_score(probabilities[aside])
     about = (
         f"{space.about}, of which it names {right:.0%} right (chance {1 / k:.0%}), IS_{space.name} {score:.3g} of {k}"

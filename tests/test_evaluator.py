@@ -293,7 +293,7 @@ def test_without_weights_labels_make_a_user_space(no_weights, tmp_path, capsys, 
     assert re.search(learned, numbers["features"])
     assert 1 <= float(numbers["IS_user"]) <= 2
     assert "FD_user of 6 images each" in numbers  # of the 12 that the judge has not learned from
-    assert "FID:" not in out and "warning: user features are weak: 6 images a user to learn from" in err
+    assert "FID:" not in out and "features are weak (6 images a user to learn from, 8 are wanted" in err
 
 
 @pytest.mark.parametrize("features, words", [("inception", "--inception_weights"), ("clip", "give inception, dinov2")])

@@ -91,10 +91,10 @@ def test_nothing_of_what_is_compared_leaks_into_the_judge():
     [
         (2, 16, 1.0, ""),
         (2, 16, 0.75, ""),
-        (2, 16, 0.5, "8 images a user to learn from .8 wanted., 50% of the others named right .75% wanted."),
-        (2, 14, 1.0, "7 images a user"),
+        (2, 16, 0.5, "weak .50% of the others named right, 75% are wanted.: give the training folder"),
+        (2, 14, 1.0, "weak .7 images a user to learn from, 8 are wanted.: give"),
         (10, 20, 0.3, ""),
-        (10, 20, 0.2, "10 images a user .* 20% of the others named right .30% wanted.: give the training folder"),
+        (10, 20, 0.2, "weak .20% of the others named right, 30% are wanted."),
     ],
 )
 def test_a_judge_that_learned_from_few_or_names_few_right_is_called_weak(users, each, right, weak):
