@@ -7,6 +7,7 @@ and nothing is ever unpickled.
 
 import hashlib
 import math
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -316,6 +317,11 @@ def _naming(flag: str):
     except UserError as error:
         said = str(error).replace("--data_dir", flag)
         raise UserError(said if said.startswith(flag) else f"{flag}: {said}") from error
+
+
+def warn(line: str) -> None:
+    """Say something that a reader of the numbers has to know, on stderr."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def open_batch(

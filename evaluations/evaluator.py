@@ -25,7 +25,7 @@ import numpy as np
 import torch as th
 
 from evaluations import official
-from evaluations.batches import Batch, open_batch
+from evaluations.batches import Batch, open_batch, warn
 from evaluations.features import (
     FeatureSpace,
     can_learn_users,
@@ -87,13 +87,13 @@ def main(argv=None):
         return
     refuse_outputs(run, {"REF": paths.ref_batch, "SAMPLE": paths.sample_batch})
     ref, sample = (
-        open_batch(path, flag, grey_to_rgb=run.grey_to_rgb, skip_bad_images=run.skip_bad_images, say=_warn)
+        open_batch(path, flag, grey_to_rgb=run.grey_to_rgb, skip_bad_images=run.skip_bad_images, say=warn)
         for path, flag in ((paths.ref_batch, "REF"), (paths.sample_batch, "SAMPLE"))
     )
     space = choose_space(run, ref)
     warnings = input_warnings(ref, sample, space)
     for warning in warnings:
-        _warn(warning)
+        warn(warning)
     print("warming up...", flush=True)
     print("computing reference batch activations...", flush=True)
     ref_features = extracted(space, ref, run.cache_dir)
@@ -108,7 +108,7 @@ def main(argv=None):
         space, weak = tested(space, ref.labels, ref_features["probabilities"])
         warnings += weak
         for warning in weak:
-            _warn(warning)
+            warn(warning)
     if space.class_weight is None:
         lacking = "no sFID" if "probabilities" in ref_features else "no Inception Score and no sFID"
         print(f"features: {space.about}; {lacking}, which only Inception has", flush=True)
@@ -127,7 +127,7 @@ def main(argv=None):
         for name, text in lines.items():
             print(f"{name}: {text}")
         for note in notes:
-            _warn(note)
+            warn(note)
         sections[0].notes.extend(notes)
         sections.append(section)
     about = {
@@ -167,7 +167,7 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
         weights = find_weights(run.inception_weights)
         if weights is not None:
             if not run.check_weights:
-                _warn(f"the weights {weights} are unchecked: no number is called FID, all bear inception-unchecked")
+                warn(f"the weights {weights} are unchecked: no number is called FID, all bear inception-unchecked")
             return inception_space(weights, check=run.check_weights, **on_device)
         if name:
             raise UserError(
@@ -175,7 +175,7 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
                 " where to get them"
             )
         name = "user" if can_learn_users(ref) else "vae"
-        _warn(
+        warn(
             "no weights of Inception (--inception_weights or INCEPTION_WEIGHTS): no FID, but numbers of"
             f" {name} features; --help tells where to get them"
         )
@@ -225,7 +225,7 @@ def stored_statistics(space: FeatureSpace, batch: Batch, features: dict) -> dict
     if batch.stats is None:
         return {}
     if space.name != "inception":
-        _warn(f"{batch.flag} {batch.path} stores statistics of Inception, which {space.name} features have no use for")
+        warn(f"{batch.flag} {batch.path} stores statistics of Inception, which {space.name} features have no use for")
         return {}
     kept = {"stats": official.Stats(batch.stats["mu"], batch.stats["sigma"])}
     kept["spatial_stats"] = official.Stats(batch.stats["mu_s"], batch.stats["sigma_s"])
@@ -331,10 +331,6 @@ def _name(space: FeatureSpace, official_name: str) -> str:
     if space.name == "inception":
         return official_name
     return {"Inception Score": "IS", "FID": "FD", "sFID": "sFD"}.get(official_name, official_name) + space.ending
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

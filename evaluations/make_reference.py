@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.batches import Batch, open_batch
+from evaluations.batches import Batch, open_batch, warn
 from evaluations.features import FeatureSpace, inception_space
 from evaluations.html import refuse_unwritable
 from evaluations.inception import WHERE_TO_GET, find_weights
@@ -70,7 +70,7 @@ def main(argv=None):
     batch = open_batch(run.data_dir, "--data_dir", say=print, **{name: getattr(run, name) for name in names})
     space = _inception(run)
     for note in batch.notes:
-        _warn(note)
+        warn(note)
     reference = make_reference(batch, space, num_images=run.num_images, seed=run.seed)
     save_reference(run.out, reference)
     n, height, width, _ = reference["arr_0"].shape
@@ -107,20 +107,16 @@ def _inception(run) -> FeatureSpace | None:
     """Inception if its weights are found; says what the reference will lack if not."""
     weights = find_weights(run.inception_weights)
     if weights is None:
-        _warn(
+        warn(
             "no weights of Inception (--inception_weights or INCEPTION_WEIGHTS): the reference has images but no"
             " statistics; --help tells where to get them"
         )
         return None
     if not run.check_weights:
-        _warn(UNCHECKED)
+        warn(UNCHECKED)
     return inception_space(
         weights, check=run.check_weights, batch_size=run.batch_size, device=dist_util.dev(), progress=True
     )
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ rows v = x as (N, H W, C), and per channel sums of v and v^2, the norm is one pr
 A nearest upsampling before a 3x3 convolution makes many of its products twice. Each of the four pixels that come of one
 sees 2x2 pixels of the smaller image, with sums of the 3x3 weights: 16 products instead of 36.
 
-The numbers are those of the usual formulas, with sums in another order.
+The numbers are those of the usual formulas, with sums in another order, and the variance is the mean square less the
+square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
 """
 
 import torch as th
@@ -34,7 +35,10 @@ def as_image(v: th.Tensor, like: th.Tensor) -> th.Tensor:
 
 
 def group_norm(x: th.Tensor, groups: int, weight: th.Tensor, bias: th.Tensor, eps: float) -> th.Tensor:
-    """Group norm of x (N, C, H, W), channels innermost; weight and bias (C,), or (N, C) if each image has its own."""
+    """Group norm of x (N, C, H, W), channels innermost; weight and bias (C,), or (N, C) if each image has its own.
+
+    Source: Wu and He 2018, section 3.
+    """
     n, c = x.shape[:2]
     return as_image(_GroupNorm.apply(rows(x), weight.expand(n, c), bias.expand(n, c), groups, eps), x)
 

@@ -12,6 +12,8 @@ from guided_diffusion_vae.autoencoders.kl import KLAutoencoder, KLConfig
 from guided_diffusion_vae.nn import GroupNorm32
 
 INNERMOST = th.channels_last
+SMALL = {"image_size": 8, "in_channels": 4, "model_channels": 32, "out_channels": 4, "num_res_blocks": 1}
+SMALL |= {"attention_resolutions": (2,), "channel_mult": (1, 2)}
 
 
 def image(*shape, dtype=th.float64, seed=0):
@@ -83,18 +85,7 @@ def test_a_pointwise_convolution():
 )
 def test_the_u_net(options):
     th.manual_seed(0)
-    model = unet.UNetModel(
-        image_size=8,
-        in_channels=4,
-        model_channels=32,
-        out_channels=4,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-        num_heads=2,
-        num_classes=3,
-        **options,
-    )
+    model = unet.UNetModel(**SMALL, num_heads=2, num_classes=3, **options)
     for p in model.parameters():
         nn.init.normal_(p, std=0.05)
     other = copy.deepcopy(model).to(memory_format=INNERMOST)
@@ -108,17 +99,7 @@ def test_the_u_net(options):
 
 def test_the_encoder():
     th.manual_seed(0)
-    model = unet.EncoderUNetModel(
-        image_size=8,
-        in_channels=4,
-        model_channels=32,
-        out_channels=5,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-        num_head_channels=32,
-        pool="attention",
-    )
+    model = unet.EncoderUNetModel(**SMALL, num_head_channels=32, pool="attention")
     other = copy.deepcopy(model).to(memory_format=INNERMOST)
     x, t = th.randn(3, 4, 8, 8), th.tensor([0, 500, 999])
     same([other(x, t)], [model(x, t)], tolerance=1e-4)
