@@ -8,6 +8,7 @@ under mpiexec, and only to agree on an address; tensors travel by gloo on CPU an
 others with it instead of leaving them waiting.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -244,8 +245,24 @@ def run_main(main) -> None:
     except BaseException as error:
         code = _report(error)
         _leave_together(code)
+    several = world_size() > 1
     _close()
+    if several:
+        _leave_without_destructors(code)
     sys.exit(code)
+
+
+def _leave_without_destructors(code: int) -> None:
+    """Leave as Python does, MPI's Finalize included, but not as C++ does.
+
+    PyTorch's DistributedDataParallel never lets go of its process group, and the end of a process with the group's
+    threads still running has aborted jobs that were done.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 def exit_code(error: BaseException) -> int | None:

@@ -80,6 +80,13 @@ LAUNCHERS = {
 }
 
 
+def launched(launcher, program):
+    """The finished process of a program started on two ranks."""
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    command = [*LAUNCHERS[launcher], str(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": path}, cwd=ROOT)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("fails_on", ["all", "1"])
 def test_a_rank_that_fails_ends_the_job(launcher, fails_on, tmp_path):
@@ -95,15 +102,35 @@ def test_a_rank_that_fails_ends_the_job(launcher, fails_on, tmp_path):
         "    dist_util.any_rank(False)\n"
         "dist_util.run_main(main)\n"
     )
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    done = subprocess.run(
-        [*LAUNCHERS[launcher], str(program)], capture_output=True, text=True, timeout=300, env={"PATH": path}, cwd=ROOT
-    )
+    done = launched(launcher, program)
     assert done.returncode != 0
     if launcher == "mpiexec":
         assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "--data_dir is empty" in line]
     assert len(lines) == 1 if fails_on == "all" else lines, done.stderr
+
+
+LEAVING = """
+import atexit, ctypes, sys
+from guided_diffusion_vae import dist_util
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # among the static destructors
+atexit.register(print, "python was asked")
+
+def main():
+    dist_util.setup_dist()
+    sys.stdout.write("written ")
+
+dist_util.run_main(main)
+"""
+
+
+def test_a_job_that_is_done_leaves_without_the_destructors_of_libraries(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    done = launched("mpiexec", tmp_path / "leaving.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written") == done.stdout.count("python was asked") == 2
 
 
 @pytest.mark.parametrize(
