@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import winograd
+
 
 def innermost(x: th.Tensor) -> bool:
     """Whether x is (N, C, H, W) on a CPU with its channels innermost in memory."""
@@ -77,6 +79,16 @@ def _mean(sums, v, groups: int) -> th.Tensor:
 def _over_channels(value, like) -> th.Tensor:
     """A value of each group (N, groups, 1) for every channel: (N, 1, C)."""
     return value.expand_as(like).reshape(len(like), 1, -1)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution; a 3x3 one of an image with its channels innermost by Winograd's filtering."""
+
+    def forward(self, x):
+        plain = self.kernel_size == (3, 3) and self.stride == self.padding == self.dilation == (1, 1)
+        if plain and self.groups == 1 and innermost(x) and winograd.fits(x, self.weight):
+            return winograd.conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def pointwise(x: th.Tensor, conv: nn.Module) -> th.Tensor:

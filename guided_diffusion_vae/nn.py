@@ -36,7 +36,7 @@ class GroupNorm32(nn.GroupNorm):
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
     """A 1-, 2- or 3-dimensional convolution."""
-    return _of_dims(dims, nn.Conv1d, nn.Conv2d, nn.Conv3d)(*args, **kwargs)
+    return _of_dims(dims, nn.Conv1d, channels_last.Conv2d, nn.Conv3d)(*args, **kwargs)
 
 
 def linear(*args, **kwargs) -> nn.Linear:

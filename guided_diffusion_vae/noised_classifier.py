@@ -37,7 +37,7 @@ HEAD_CHANNELS = 64  # upstream's classifiers attend with heads of so many channe
 PROCESS_FLAGS = {"gaussian": ("noise_schedule", "diffusion_steps", "rescale_timesteps", "zero_terminal_snr")}
 PROCESS_FLAGS |= {"flow": ("path_type",)}
 LOOP_FLAGS = ("lr", "weight_decay", "batch_size", "microbatch", "log_interval", "save_interval", "resume_checkpoint")
-LOOP_FLAGS += ("amp", "keep_checkpoints", "max_hours", "seed")
+LOOP_FLAGS += ("amp", "channels_last", "keep_checkpoints", "max_hours", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class ClassifierTrainConfig:
     save_interval: int = 10000  # steps between checkpoints
     process: str = "gaussian"  # gaussian (diffusion) or flow (matching): that of the model to be guided
     amp: str = "none"  # none; bf16: it runs in bfloat16, the rest in float32; auto: bf16 on GPUs that have it
+    channels_last: bool = False  # train with the channels innermost: on a CPU faster, rounded otherwise
     keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
     seed: int = 0  # order of the data, times and noise follow it

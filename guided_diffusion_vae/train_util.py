@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import dist_util, logger
 from .config import UserError
 from .data.stream import DROPOUT, DROPPED_LABELS, NOISE, mix, slot_randn
-from .fp16_util import MixedPrecisionTrainer
+from .fp16_util import MixedPrecisionTrainer, TrainingDiverged
 from .nn import update_ema
 from .posthoc_ema import PowerAverages, interval_of, lengths_of
 from .resample import LossAwareSampler, create_named_schedule_sampler
@@ -90,6 +90,7 @@ class TrainLoop:
         seed=None,
         progress=False,
         amp="none",
+        channels_last=False,
         grad_clip=0.0,
         adam_betas="0.9,0.999",
         warmup_steps=0,
@@ -141,6 +142,7 @@ class TrainLoop:
         self.logged = time.monotonic(), 0  # when, and after how many steps, the last row was written
 
         self.sharding = create_sharding(sharding)
+        model.to(memory_format=th.channels_last if channels_last else th.preserve_format)
         self.resume_checkpoint = self._find_resume_checkpoint(resume_checkpoint)
         self._load_and_sync_parameters()
         self.mp_trainer = MixedPrecisionTrainer(
@@ -272,6 +274,7 @@ class TrainLoop:
             logger.log(f"nothing to do: {over}")
             return
         self.power.forget(self.resume_step)
+        logger.forget_after(self.resume_step - 1)
         saved = None
         with StopSignals() as stop, self._progress_bar() as bar:
             while not (self.validation.ends or self.step + self.resume_step == self.last_step):
@@ -318,7 +321,15 @@ class TrainLoop:
         self.logged = now, done
         logger.logkv("images_per_second", speed)
         row = logger.dumpkvs()
+        if not math.isfinite(row.get("grad_norm", 0.0)):  # in float16 that of the steps that were taken
+            self._diverged("the gradient")
         bar.set_postfix(loss=f"{row[log_prefix(self.diffusion) + 'loss']:.4f}", img_s=f"{speed:.1f}", refresh=False)
+
+    def _diverged(self, what: str):
+        raise TrainingDiverged(
+            f"{what} is not finite at step {self.step + self.resume_step}: the run has diverged; earlier checkpoints"
+            f" are kept: go on from one of them with a lower --lr (now {self.lr:g})"
+        )
 
     def _reason_to_stop(self, stop) -> str:
         """Collective: call on every process. Why the run should end here, or an empty string; looked at every step."""
@@ -471,7 +482,11 @@ class TrainLoop:
             name_step: the number in the file names; None is the step just done (upstream's periodic names).
         Raises:
             SaveError: the disk is full; earlier checkpoints are intact.
+            TrainingDiverged: the weights or their averages are not finite; nothing is written.
         """
+        for params in (self.mp_trainer.master_params, *(params for _, params in self._kept().averages)):
+            if not self.mp_trainer.norm([param.detach() for param in params]).isfinite():
+                self._diverged("a weight, or its average,")
         begin, done = time.monotonic(), self.step + self.resume_step
         state = {
             "next_step": done,
@@ -491,7 +506,7 @@ class TrainLoop:
             logger.log(f"saving model {what}...")
         self.sharding.save(folder, number, self._kept(), state)
         if self.keep_checkpoints:
-            dist_util.rank0_first(lambda: prune(folder, self.keep_checkpoints))
+            dist_util.rank0_first(lambda: prune(folder, self.keep_checkpoints, number))
         self.saved_average = folder / self._average_name(number)
         self.save_seconds = time.monotonic() - begin
 

@@ -70,7 +70,7 @@ def load_network(run: Run, vae: VAEInterface, *, num_classes: int = NUM_CLASSES)
     model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
     weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
     load_weights(model, weights, path=path, given=run.as_dict())
-    model.to(dist_util.dev(), memory_format=th.channels_last)  # training keeps the other layout: see docs/log.md
+    model.to(dist_util.dev(), memory_format=th.channels_last)
     if run.use_fp16:
         model.convert_to_fp16()
     return model.eval()

@@ -9,7 +9,7 @@ PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"},
     {
-        *("channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
+        *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
         *("guidance", "samplers", "denoiser"),
     },
     {"fp16_util", "unet", "dit", "model_flags"},

@@ -119,13 +119,17 @@ def assert_same(a, b, atol=0.0):
             assert th.equal(a[key], b[key]), key
 
 
-def test_two_processes_are_one_with_twice_the_batch(folder, tmp_path):
+def test_two_processes_or_another_layout_are_one_with_twice_the_batch(folder, tmp_path):
     # 64 channels: with 32, a group norm has one channel a group, and biases before it have no gradient but rounding
     flags = ["--max_steps", 10, "--save_interval", 100, "--lr", 1e-4, "--num_channels", 64]
     train(folder, tmp_path / "one", "--batch_size", 6, *flags)
     train(folder, tmp_path / "two", "--batch_size", 3, *flags, ranks=2)
+    train(folder, tmp_path / "innermost", "--batch_size", 6, *flags, "--channels_last", True)
     for name in ("model000010.pt", "ema_0.9_000010.pt", "ema_0.99_000010.pt"):
         assert_same(weights(tmp_path / "one", name), weights(tmp_path / "two", name), atol=1e-6)
+        assert_same(weights(tmp_path / "one", name), weights(tmp_path / "innermost", name), atol=1e-5)
+    kernel = weights(tmp_path / "innermost", "model000010.pt")["input_blocks.1.0.in_layers.2.weight"]
+    assert kernel.is_contiguous(memory_format=th.channels_last) and not kernel.is_contiguous()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -142,6 +146,8 @@ def test_killed_and_resumed_is_the_same_bits(folder, tmp_path, ranks):
         "auto",
         "--dropout",
         0.1,
+        "--channels_last",
+        ranks == 2,
     ]
     train(folder, tmp_path / "straight", *flags, ranks=ranks)
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import channels_last
+from ..channels_last import Conv2d
 from ..nn import checkpoint
 from .base import Posterior
 
@@ -53,10 +54,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, config: KLConfig):
         super().__init__()
         self.norm1 = norm(c_in, config)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -105,7 +106,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         if channels_last.innermost(x):
@@ -147,7 +148,7 @@ class Encoder(nn.Module):
     def __init__(self, config: KLConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths, strict=False)):
             level = Level(c_in, c_out, config.num_res_blocks, config.attends(i), config)
@@ -156,7 +157,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(widths[-1], config)
         self.norm_out = norm(widths[-1], config)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
     def __init__(self, config: KLConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config)
         self.up = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(c_out)
             self.up.append(level)
         self.norm_out = norm(widths[0], config)
-        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))
