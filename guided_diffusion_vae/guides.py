@@ -10,15 +10,17 @@ from typing import NamedTuple
 import torch as th
 
 from . import dist_util
-from .assembly import NETWORK_SECTIONS
+from .assembly import NETWORK_SECTIONS, NUM_CLASSES, SamplerConfig, create_process
 from .checkpoint import digest
-from .config import Run, UserError, field_defaults, typed
+from .config import Run, UserError, create_argparser, field_defaults, typed
 from .denoiser import denoiser_of
 from .guidance import DEAF, ClassifierGradient, GuidanceConfig, Unlabelled, guide
 from .image_datasets import speaking_of
-from .noised_classifier import classifier_times, load_classifier
+from .noised_classifier import PROCESS_FLAGS, classifier_times, load_classifier
 from .run_record import read_run
-from .trained import load_network
+from .sample_util import SamplingConfig
+from .score_matching import GuidedNoise
+from .trained import NETWORK, load_network, run_of_model
 
 PREDICTS = {"gaussian": ("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart", "predict_v")}
 PREDICTS["gaussian"] += ("zero_terminal_snr",)
@@ -115,6 +117,36 @@ def _refuse_other(run, settings, record, vae, class_names):
             f"{path} knows {len(names)} classes and the model {len(class_names)}; where it has {first} the model has"
             f" {wanted}: give a weaker network of the same users"
         )
+
+
+def load_guided(path: str, run: Run, vae) -> GuidedNoise:
+    """Collective: call on every process. The model that a classifier in training shall guide.
+
+    Args:
+        path: what `--model_path` names.
+        run: the classifier's settings; vae: the autoencoder of its latents.
+    Raises:
+        UserError: no such file; trained with labels, on another autoencoder's latents or for another process.
+    """
+    parser = create_argparser(SamplingConfig, SamplerConfig, *NETWORK)
+    theirs, record = run_of_model(parser, ["--model_path", path])
+    if theirs.class_cond:
+        raise UserError(
+            f"--model_path {path} learned with labels: guide it by --cfg_scale, or give a model of --class_cond False"
+        )
+    if record.get("autoencoder", vae.fingerprint) != vae.fingerprint:
+        raise UserError(
+            f"--model_path {path} was trained on latents of autoencoder {record['autoencoder']}, but --vae_path"
+            f" {run.vae_path} is {vae.fingerprint}: give that model's --vae_path"
+        )
+    for name in ("process", "image_size", *PROCESS_FLAGS[theirs.process]):
+        if getattr(theirs, name) != getattr(run, name):
+            raise UserError(
+                f"--model_path {path} was trained with --{name} {getattr(theirs, name)}: give that instead of"
+                f" {getattr(run, name)}"
+            )
+    network = load_network(theirs, vae, num_classes=NUM_CLASSES).requires_grad_(False)
+    return GuidedNoise(network, create_process(theirs, vae))
 
 
 def digests(run: Run) -> dict[str, str]:

@@ -7,12 +7,15 @@ noise as the process does, and asks at the very times at which guidance will ask
 
 which for a Gaussian process is the original time of a respaced one, on a scale of 1000 with `--rescale_timesteps True`,
 and for a flow 1000 t. Upstream trains on the places of the respaced times instead, and asks at the original ones.
+
+Where the model to be guided is given, the gradient learns, too: see `score_matching`.
 """
 
 from dataclasses import dataclass, fields
 
 import torch as th
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint, dist_util, logger
 from .config import Run, UserError, refuse_below, typed
@@ -21,6 +24,7 @@ from .image_datasets import speaking_of
 from .model_flags import load_weights, network_weights
 from .nn import shifted_in_time
 from .run_record import MAY_DIFFER, read_run, refuse_contradictions
+from .score_matching import GuidedNoise
 from .script_util import (
     CHANNEL_MULT,
     ClassifierConfig,
@@ -32,6 +36,7 @@ from .script_util import (
     parse_channel_mult,
 )
 
+LABEL_WEIGHT = 5e-4  # of the cross-entropy beside the loss of the gradient, whose gain is of hundredths
 TIME_SCALE = 1000.0  # of a flow: the classifier embeds times as the U-Net does
 HEAD_CHANNELS = 64  # upstream's classifiers attend with heads of so many channels
 PROCESS_FLAGS = {"gaussian": ("noise_schedule", "diffusion_steps", "rescale_timesteps", "zero_terminal_snr")}
@@ -52,6 +57,7 @@ class ClassifierTrainConfig:
     """Training of the classifier: upstream's flags, then ours."""
 
     val_data_dir: str = ""  # held-out data of the same users; the weights with the lowest loss stay as model_best.pt
+    model_path: str = ""  # the model to be guided, one without labels: the gradient that guides it learns, too
     noised: bool = True  # train on noisy latents, which guidance asks about; False: on clean ones
     time_shift: bool = False  # start every image at a random column, circularly: less is learnt by heart
     iterations: int = 150000  # steps in all
@@ -81,6 +87,11 @@ class ClassifierTrainConfig:
         for name, known in (("process", tuple(PROCESS_FLAGS)), ("amp", ("none", "bf16", "auto"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {getattr(self, name)!r}; choose {' or '.join(known)}")
+        for name, bad in (("noised", False), ("channels_last", True)):
+            if self.model_path and getattr(self, name) is bad:
+                raise UserError(
+                    f"--model_path teaches the gradient on noisy latents in the usual layout: leave --{name} {bad} out"
+                )
 
     def for_the_loop(self) -> dict:
         """The arguments of TrainLoop that these flags say; there are no moving averages, as upstream."""
@@ -102,16 +113,20 @@ class ClassifierLosses:
         noised: False: the classifier sees clean data, at the time of clean data.
         time_shift: while it trains, every image starts at a random column: where in the gait cycle a picture begins
             says nothing of who walks.
+        guided: the network to be guided; the loss is then its own under guidance, and a little of the cross-entropy.
     """
 
     log_prefix = "train_"
 
-    def __init__(self, process, *, noised: bool = True, time_shift: bool = False):
-        self.process, self.noised, self.time_shift = process, noised, time_shift
+    def __init__(self, process, *, noised: bool = True, time_shift: bool = False, guided: GuidedNoise | None = None):
+        self.process, self.noised, self.time_shift, self.guided = process, noised, time_shift, guided
         self.num_timesteps = process.num_timesteps
 
     def training_losses(self, classifier, x_start, t, model_kwargs, noise=None) -> dict[str, th.Tensor]:
-        """Cross-entropy in nats, `loss`, and whether the label is among the likeliest 1 and 5: each float32 (N,).
+        """`loss`, and whether the label is among the likeliest 1 and 5: each float32 (N,).
+
+        The loss is the cross-entropy in nats; with a guided network that is `ce`, and `mse` and `mse_unguided` are the
+        network's errors with and without guidance.
 
         Args:
             x_start: (N, C, h, w); t: (N,) times of the process; model_kwargs: `y`, (N,) int64.
@@ -120,12 +135,27 @@ class ClassifierLosses:
         t = t if self.noised else self.clean_times(t)
         if self.time_shift and classifier.training:
             x_start = shifted_in_time(x_start)
+        if self.guided and noise is None:
+            noise = th.randn_like(x_start)
         x_t = self.process.q_sample(x_start, t, noise=noise) if self.noised else x_start
-        logits = as_guidance_asks(classifier, self.process, x_t, t)
-        found = {"loss": F.cross_entropy(logits, y, reduction="none")}
+        if self.guided:
+            logits, found = self._gradient_losses(classifier, x_t, t, y, noise)
+        else:
+            logits = as_guidance_asks(classifier, self.process, x_t, t)
+            found = {"loss": F.cross_entropy(logits, y, reduction="none")}
         ranks = (logits > logits.gather(1, y[:, None])).sum(1)  # how many are likelier
         found["acc@1"] = (ranks < 1).float()
         return found | ({"acc@5": (ranks < 5).float()} if logits.shape[1] > 5 else {})
+
+    def _gradient_losses(self, classifier, x_t, t, y, noise):
+        learns = th.is_grad_enabled()
+        with th.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            x_t = x_t.detach().requires_grad_()
+            logits = as_guidance_asks(classifier, self.process, x_t, t)
+            ce = F.cross_entropy(logits, y, reduction="none")
+            (gradient,) = th.autograd.grad(-ce.sum(), x_t, create_graph=learns)
+        mse, unguided = self.guided.errors(gradient, x_t.detach(), t, noise)
+        return logits, {"loss": mse + LABEL_WEIGHT * ce, "mse": mse, "mse_unguided": unguided, "ce": ce}
 
     def clean_times(self, t: th.Tensor) -> th.Tensor:
         """The time of clean data, as often as there are times."""

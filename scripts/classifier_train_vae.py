@@ -3,6 +3,9 @@
     mpiexec -n 2 python scripts/classifier_train_vae.py --config configs/classifier_demo.yaml \\
         --data_dir DATA/train --val_data_dir DATA/val
 
+With `--model_path MODEL`, a model without labels, its gradient learns what guides that model (`score_matching`). Begin
+from a classifier trained without: `--resume_checkpoint runs/classifier/model_best.pt`.
+
 Upstream's flags. `--process`, `--noise_schedule` and so on are those of the model to be guided. Nothing is cropped or
 mirrored, unlike upstream's training images. Writes model*.pt, opt*.pt, log.txt, progress.csv and run.yaml into
 --log_dir, with --val_data_dir also model_best.pt; `--resume_checkpoint auto` goes on after any interruption.
@@ -16,6 +19,7 @@ import torch as th
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.flow_matching import FlowConfig
+from guided_diffusion_vae.guides import load_guided
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, speaking_of
 from guided_diffusion_vae.noised_classifier import (
     ClassifierLosses,
@@ -46,6 +50,7 @@ def main(argv=None):
         dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, KIND))
     vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir)).to(dist_util.dev())
     process = create_classifier_process(run, vae)
+    guided = load_guided(run.model_path, run, vae) if run.model_path else None
     sampler = create_named_schedule_sampler(run.schedule_sampler, process)
     with th.device("meta"):
         create_latent_classifier(config, vae, num_classes=2)  # a flag that cannot be is said before any image is read
@@ -73,7 +78,7 @@ def main(argv=None):
     logger.log("creating model and diffusion...")
     th.manual_seed(run.seed)
     model = create_latent_classifier(config, vae, num_classes=len(data.class_names))
-    losses = ClassifierLosses(process, noised=run.noised, time_shift=run.time_shift)
+    losses = ClassifierLosses(process, noised=run.noised, time_shift=run.time_shift, guided=guided)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
     logger.log("training classifier model...")

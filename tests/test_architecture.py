@@ -10,7 +10,7 @@ FLOORS = [
     {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"},
     {
         *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
-        *("guidance", "samplers", "denoiser"),
+        *("guidance", "samplers", "denoiser", "score_matching"),
     },
     {"fp16_util", "unet", "dit", "model_flags"},
     {
