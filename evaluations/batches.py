@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image, ImageOps
 
 from guided_diffusion_vae.checkpoint import digest
@@ -25,13 +23,13 @@ from guided_diffusion_vae.data.image_folder import MAX_PIXELS, list_images, read
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 
 from .image_sets import pngs_of, refuse_splits
+from .npz import read_header, read_member
 from .value_range import look_for_casts, refuse_unit_range, remedy_of
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 FEWEST = 4  # precision and recall look at the third other neighbour
 BLOCK_BYTES = 1 << 28  # of images at a time, however large one is
 SMALL_BYTES = 1 << 28  # of a member that is loaded whole: labels, statistics
-WHOLE_BYTES = 1 << 32  # of images whose order on disk (Fortran's) does not let them be read a few at a time
 ROUNDING = 1e-5  # of the largest entry: how far a stored covariance may be from symmetric
 NAMED = 8  # arrays of an .npz that an error lists
 
@@ -136,15 +134,6 @@ class FolderBatch(Batch):
         return np.asarray(ImageOps.fit(image, (width, height), method=Image.Resampling.BOX))
 
 
-class Header(NamedTuple):
-    """What stands at the head of an array in an .npz."""
-
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-    bytes: int
-
-
 class NpzBatch(Batch):
     """The arr_0 of an .npz; arr_1, if it fits, are labels; mu, sigma, mu_s and sigma_s are `stats`.
 
@@ -157,11 +146,11 @@ class NpzBatch(Batch):
         with self._open() as archive:
             self.members = {name.removesuffix(".npy") for name in archive.namelist()}
             self._refuse_missing()
-            self.header = self._header(archive, "arr_0")
+            self.header = read_header(archive, "arr_0", self._at)
             shape = self._shape(grey_to_rgb)
             super().__init__(path, flag, shape)
             if "arr_1" in self.members:
-                self._take_labels(self._small(archive, "arr_1"))
+                self._take_labels(read_member(archive, "arr_1", self._at, SMALL_BYTES))
         if self.header.dtype.kind == "f":
             refuse_unit_range(self._raw(64), self.header.dtype, self._at)
         else:
@@ -181,7 +170,7 @@ class NpzBatch(Batch):
         if "mu" not in self.members:
             return None
         with self._open() as archive:
-            stats = {name: self._small(archive, name) for name in STATISTICS}
+            stats = {name: read_member(archive, name, self._at, SMALL_BYTES) for name in STATISTICS}
         for mean, covariance in (STATISTICS[:2], STATISTICS[2:]):
             mu, sigma = stats[mean], stats[covariance]
             numbers = all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma))
@@ -231,32 +220,6 @@ class NpzBatch(Batch):
                 f"{self._at} has mu but not {', '.join(lacking)}: give all four, or make it with make_reference.py"
             )
 
-    def _header(self, archive, name: str) -> Header:
-        """The header of a member, if it tells the truth about the member's size."""
-        info = archive.getinfo(f"{name}.npy")
-        with archive.open(info) as member:
-            version = npy.read_magic(member)
-            # 3.0 is 2.0 in UTF-8; the two differ for names of fields, which images have not
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read(member)
-            start = member.tell()
-        if dtype.hasobject:
-            raise UserError(f"{self._at}: {name} holds Python objects, which are never loaded; save plain numbers")
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or start + size != info.file_size:
-            raise UserError(
-                f"{self._at}: {name} claims {dtype} {shape}, {size:,} bytes, but {info.file_size - start:,} are there"
-            )
-        return Header(shape, fortran, dtype, size)
-
-    def _small(self, archive, name: str, limit: int = SMALL_BYTES) -> np.ndarray:
-        """A member that is loaded whole."""
-        header = self._header(archive, name)
-        if header.bytes > limit:
-            raise UserError(f"{self._at}: {name} has {header.bytes:,} bytes, more than the {limit:,} that are loaded")
-        with archive.open(f"{name}.npy") as member:
-            return npy.read_array(member, allow_pickle=False)
-
     def _shape(self, grey_to_rgb: bool) -> tuple[int, int, int, int]:
         """(N, H, W, 3), or a sentence that says what the array looks like instead."""
         shape, dtype = self.header.shape, self.header.dtype
@@ -297,7 +260,7 @@ class NpzBatch(Batch):
         shape, fortran, dtype, _ = self.header
         with self._open() as archive:
             if fortran:
-                images = self._small(archive, "arr_0", WHOLE_BYTES)
+                images = read_member(archive, "arr_0", self._at)  # its order does not let it be read a few at a time
                 yield from (images[i : i + step] for i in range(0, len(self), step))
                 return
             with archive.open("arr_0.npy") as member:

@@ -23,6 +23,7 @@ from guided_diffusion_vae.config import UserError
 MAX_BYTES = 512 << 20  # of a file, and of all its constants together; Inception has 96 MB
 MAX_FIELDS = 4 << 20  # of a file: some seconds of reading
 MAX_DIMS = 32
+MAX_FILL = 4 << 20  # values that one stands for: a file of a few bytes must not become a gigabyte
 
 GRAPH_NODE, GRAPH_FIELDS = 1, (1, 2, 3, 4, 5)  # node, library, version, versions, debug_info
 NODE_NAME, NODE_OP, NODE_ATTR = 1, 2, 5
@@ -114,6 +115,8 @@ class _Reader:
             raise _Damaged(f"{name} is {_by(shape)}, and all constants may have {MAX_BYTES:,} bytes")
         flat = _from_bytes(content, kind, name) if content else self.listed(fields[VALUE_FIELDS[dtype]], kind, name)
         if len(flat) > count or (content and len(flat) < count):
+            raise _Damaged(f"{name} is {_by(shape)} but has {len(flat):,} values")
+        if count - len(flat) > MAX_FILL:
             raise _Damaged(f"{name} is {_by(shape)} but has {len(flat):,} values")
         if len(flat) < count:  # the last one stands for all that follow; none at all for zeros
             flat = np.concatenate([flat, np.full(count - len(flat), flat[-1] if len(flat) else 0, kind)])

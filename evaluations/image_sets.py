@@ -5,7 +5,6 @@ generated ones (centre cropped, then averaged over the area of a pixel), as the 
 """
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from guided_diffusion_vae.data.latent_cache import drop_bad_images
 from guided_diffusion_vae.image_datasets import PARTS
 from guided_diffusion_vae.sample_util import read_manifest
 
+from .npz import read_member
 from .value_range import refuse_unit_range, remedy_of
 
 LABELS = "an .npz with labels in arr_1, or a folder with one subfolder a user"  # whom samples show
@@ -175,18 +175,21 @@ def pngs_of(folder: Path, flag: str) -> Path:
 
 
 def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:
+    at = f"--samples {path}"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "arr_0" not in archive:
-                has = f"has {', '.join(archive.files)}" if archive.files else "is empty"
-                raise UserError(f"--samples {path} {has}, but no arr_0: the images, uint8 (N, height, width, 3)")
-            return archive["arr_0"], archive["arr_1"] if "arr_1" in archive else None
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "arr_0" not in names:
+                has = f"has {', '.join(names)}" if names else "is empty"
+                raise UserError(f"{at} {has}, but no arr_0: the images, uint8 (N, height, width, 3)")
+            pixels, labels = (read_member(archive, n, at) if n in names else None for n in ("arr_0", "arr_1"))
+            return pixels, labels
     except UserError:  # a ValueError, too
         raise
     except FileNotFoundError as error:
-        raise UserError(f"--samples {path} does not exist") from error
-    except (AttributeError, EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--samples {path} is not a readable .npz file; give that of image_sample_vae.py") from error
+        raise UserError(f"{at} does not exist") from error
+    except Exception as error:  # of zipfile, zlib, struct, tokenize, ast and NumPy: no list of theirs is whole
+        raise UserError(f"{at} is not a readable .npz file; give that of image_sample_vae.py") from error
 
 
 def renumber(images: ImageSet, class_names: list[str], flag: str) -> ImageSet:

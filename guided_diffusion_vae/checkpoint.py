@@ -12,12 +12,17 @@ import hashlib
 import io
 import os
 import pickle
+import re
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import torch as th
 
 from .config import UserError
+
+warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what cannot be read is one line, see `load`
 
 
 class SaveError(OSError):
@@ -44,6 +49,15 @@ def atomic_write(path):
         raise _save_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder) -> list[str]:
+    """Remove what killed processes left half written in a folder, down to two below it; returns the files' names."""
+    places = (path for below in ("", "*/", "*/*/") for path in Path(folder).glob(f"{below}.*.tmp-*"))
+    left = [path for path in places if re.fullmatch(r"\..+\.tmp-\d+", path.name)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return [path.name for path in left]
 
 
 def sync_folder(folder: Path) -> None:
@@ -109,14 +123,29 @@ def load(path, map_location="cpu"):
             return load_file(path, device=str(map_location))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    refuse_flipped(path)
     try:
         return th.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "blocked" in line), "")
         raise UserError(f"{path} holds more than tensors and is not loaded. {reason}".strip()) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # random bytes make an unpickler raise anything
         size = path.stat().st_size
         raise UserError(f"{path} is damaged or not a checkpoint ({size:,} bytes; was it copied whole?)") from error
+
+
+def refuse_flipped(path: Path) -> None:
+    """Raise if a part of a .pt file is not what was written: PyTorch stores checksums, but does not look at them.
+
+    Raises:
+        UserError: names the file.
+    """
+    wrong = None
+    with contextlib.suppress(Exception):  # of zipfile, zlib and struct; PyTorch will say why
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    if wrong:
+        raise UserError(f"{path} is damaged: its part {wrong} does not have the checksum it was written with")
 
 
 def load_state_dict(path, map_location="cpu") -> dict[str, th.Tensor]:
@@ -128,7 +157,8 @@ def load_state_dict(path, map_location="cpu") -> dict[str, th.Tensor]:
     loaded = load(path, map_location)
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    tensors = OrderedDict((k, v) for k, v in loaded.items() if th.is_tensor(v)) if isinstance(loaded, dict) else {}
+    pairs = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = OrderedDict((k, v) for k, v in pairs if th.is_tensor(v) and isinstance(k, str))
     if not tensors:
         raise UserError(f"{path} holds no weights")
     return tensors

@@ -28,6 +28,8 @@ from typing import Any
 import yaml
 
 MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is not a recipe
+MAX_DEPTH, MAX_WORD = 20, 10_000  # of a recipe's blocks; characters of one value
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C: a megabyte in seconds, not minutes
 
 
 class UserError(ValueError):
@@ -284,17 +286,31 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not a text file; give a recipe (.yaml)") from error
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"--config {path} uses YAML aliases (*name); write the values out")
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        where = re.sub(r"\s+", " ", str(error))[:200]
+        _refuse_traps(text, path)
+        loaded = yaml.load(text, Loader=LOADER)
+    except UserError:  # a ValueError, too
+        raise
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = re.sub(r"\s+", " ", str(error))[:200]  # a tag's value (!!bool x) can raise any of these
         raise UserError(f"--config {path} is not valid YAML: {where}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path} must be 'flag: value' lines, it is a {type(loaded).__name__}")
     return loaded
+
+
+def _refuse_traps(text: str, path: Path) -> None:
+    """Raise for what costs a loader memory or time beyond its length: aliases, deep nesting, endless words."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"--config {path} uses YAML aliases (*name); write the values out")
+        if depth > MAX_DEPTH:
+            raise UserError(f"--config {path} is nested more than {MAX_DEPTH} deep; that is no recipe")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_WORD:
+            raise UserError(f"--config {path} has a value of {len(event.value):,} characters; that is no recipe")
 
 
 def debug_wanted(argv=None) -> bool:

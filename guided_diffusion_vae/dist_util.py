@@ -30,6 +30,8 @@ TIMEOUT = timedelta(minutes=30)
 
 EXIT_DONE, EXIT_USER, EXIT_ENVIRONMENT, EXIT_TRAINING, EXIT_PEER, EXIT_STOPPED = 0, 2, 3, 4, 5, 75
 
+PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
+
 _store = None  # the rendezvous of this job; failing processes find each other through it
 _words = None  # the group that plain values travel by: always CPU, so that asking costs no GPU synchronisation
 
@@ -233,6 +235,9 @@ def run_main(main) -> None:
 
     0 done, 2 the user's input, 3 the environment, 4 training failed, 5 a peer was lost, 75 stopped and saved.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         code = EXIT_DONE
@@ -253,12 +258,15 @@ def run_main(main) -> None:
 
 
 def _leave_without_destructors(code: int) -> None:
-    """Leave as Python does, MPI's Finalize included, but not as C++ does.
+    """Leave as Python does, with MPI's Finalize (or mpiexec ends whoever still works), but not as C++ does.
 
     PyTorch's DistributedDataParallel never lets go of its process group, and the end of a process with the group's
     threads still running has aborted jobs that were done.
     """
     atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and not mpi.Is_finalized():  # mpi4py's own call comes after Python's exit, where we do not come
+        mpi.Finalize()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
             stream.flush()
@@ -269,13 +277,15 @@ def exit_code(error: BaseException) -> int | None:
     """The documented code of an error; None for one that only a programming mistake can cause."""
     if isinstance(error, (StopRequested, KeyboardInterrupt)):
         return EXIT_STOPPED
-    if isinstance(error, (checkpoint.SaveError, EnvironmentFault, PermissionError)):
-        return EXIT_ENVIRONMENT
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return EXIT_USER
-    if type(error).__name__ == "TrainingDiverged" or isinstance(error, th.OutOfMemoryError):
+    if isinstance(error, (OSError, EnvironmentFault, ImportError)) and not isinstance(error, ConnectionError):
+        return EXIT_ENVIRONMENT  # a full disk, no rights, a package that is not there
+    if type(error).__name__ == "TrainingDiverged" or isinstance(error, (th.OutOfMemoryError, MemoryError)):
         return EXIT_TRAINING
-    if isinstance(error, dist.DistBackendError) or "Connection closed by peer" in str(error):
+    if "can't allocate memory" in str(error):  # PyTorch's allocator on a CPU, which raises RuntimeError
+        return EXIT_TRAINING
+    if isinstance(error, dist.DistBackendError) or any(words in str(error) for words in PEER_LOST):
         return EXIT_PEER
     return None
 
@@ -284,6 +294,8 @@ def _report(error: BaseException) -> int:
     """Say what happened, once: rank 0 at once, any other a moment later and only if rank 0 has not said the same."""
     code, me = exit_code(error), rank()
     message = " ".join(str(error).split()) or type(error).__name__
+    if code == EXIT_PEER:
+        message = f"another process of this job has ended or hangs ({message})"
     if not _said_by_rank_0(message):
         if code is None or debug_wanted():
             traceback.print_exception(error)

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-from .checkpoint import SaveError
+from .checkpoint import SaveError, atomic_write, save_csv, sweep
 from .config import UserError
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
@@ -106,9 +106,21 @@ class CSVOutputFormat(KVWriter):
             old = self.filename.read_text(encoding="utf-8").splitlines() if self.keys else []
             self.keys += new
             padded = [line + "," * len(new) for line in old[1:]]
-            self.filename.write_text("\n".join([",".join(self.keys), *padded]) + "\n", encoding="utf-8")
+            with atomic_write(self.filename) as handle:
+                handle.write(("\n".join([",".join(self.keys), *padded]) + "\n").encode())
         with open(self.filename, "a", encoding="utf-8") as handle:
             handle.write(",".join(str(kvs.get(key, "")) for key in self.keys) + "\n")
+
+    def forget_after(self, step):
+        """Drop the rows of later steps, which a resumed run writes again, and one that was cut off."""
+        if "step" not in self.keys:
+            return
+        with open(self.filename, newline="", encoding="utf-8") as handle:
+            head, *rows = csv.reader(handle)
+        whole = [row for row in rows if len(row) == len(head) and row[head.index("step")]]
+        kept = [row for row in whole if float(row[head.index("step")]) <= step]
+        if kept != rows:
+            save_csv([head, *kept], self.filename)
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -171,18 +183,28 @@ class Logger:
         if self.comm is not None:
             row = mpi_weighted_mean(self.comm, {k: (v, self.name2cnt.get(k, 1)) for k, v in row.items()})
         if self.level != DISABLED:
-            for format in self.output_formats:
-                if isinstance(format, KVWriter):
-                    format.writekvs(row)
+            self._write(KVWriter, lambda format: format.writekvs(row))
         self.name2val.clear()
         self.name2cnt.clear()
         return row
 
     def log(self, *args, level=INFO):
         if self.level <= level:
-            for format in self.output_formats:
-                if isinstance(format, SeqWriter):
-                    format.writeseq(args)
+            self._write(SeqWriter, lambda format: format.writeseq(args))
+
+    def _write(self, kind, write):
+        """Write to every format of a kind; one that cannot be written to, say on a full disk, is said and left out."""
+        for format in [format for format in self.output_formats if isinstance(format, kind)]:
+            try:
+                write(format)
+            except BrokenPipeError:  # `... | head`: nobody reads any more
+                raise
+            except OSError as error:
+                self.output_formats.remove(format)
+                print(f"warning: the log is incomplete from here on ({error})", file=sys.stderr, flush=True)
+
+    def forget_after(self, step):
+        self._write(CSVOutputFormat, lambda format: format.forget_after(step))
 
     def set_level(self, level):
         self.level = level
@@ -195,7 +217,8 @@ class Logger:
 
     def close(self):
         for format in self.output_formats:
-            format.close()
+            with contextlib.suppress(OSError):  # a full disk: it has been said
+                format.close()
 
 
 def _plain(value):
@@ -238,6 +261,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     except OSError as error:
         raise SaveError(f"--log_dir {dir} cannot be made ({error.strerror}); choose another folder") from error
     rank = get_rank_without_mpi_import()
+    left = sweep(dir) if rank == 0 else []
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
@@ -247,6 +271,8 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     Logger.CURRENT = Logger(dir=dir, output_formats=formats, comm=comm)
     if formats:
         log(f"Logging to {dir}")
+    for name in left:
+        log(f"removed the incomplete file {name}")
 
 
 def reset():
@@ -294,6 +320,11 @@ def logkvs(d):
 def dumpkvs():
     """Write the row and start a new one; returns it as plain numbers."""
     return get_current().dumpkvs()
+
+
+def forget_after(step):
+    """Drop the rows of later steps than this from the table: a run that goes on from there writes them again."""
+    get_current().forget_after(step)
 
 
 def getkvs():

@@ -35,7 +35,8 @@ def network_weights(loaded: dict, *, path="the checkpoint") -> dict[str, th.Tens
     """
     part = part_of(loaded)
     weights = loaded[part] if part else loaded
-    if not isinstance(weights, dict) or not weights or not all(th.is_tensor(value) for value in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(k, str) and th.is_tensor(v) for k, v in weights.items())
+    if not named or not weights:
         what = "an optimizer's state" if isinstance(loaded, dict) and "param_groups" in loaded else "no weights"
         raise UserError(f"{path} holds {what}: give a model*.pt or ema_*.pt, or a checkpoint of LightningDiT")
     return {re.sub(r"^(module\.)+", "", key): value for key, value in weights.items()}

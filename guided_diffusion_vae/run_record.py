@@ -72,8 +72,16 @@ def read_run(model_path) -> tuple[dict, dict]:
     path = Path(model_path).with_name("run.yaml")
     if not path.is_file():
         return {}, {}
+    return _settings_and_record(path)
+
+
+def _settings_and_record(path: Path) -> tuple[dict, dict]:
     settings = read_yaml(path)
-    return settings, settings.pop(RECORD, {})
+    record = settings.pop(RECORD, None) or {}
+    names = record.get("class_names", []) if isinstance(record, dict) else None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path} is damaged: its {RECORD} does not list the names of classes; copy it again")
+    return settings, record
 
 
 def refuse_contradictions(run: Run, settings: dict, names) -> None:
@@ -101,8 +109,7 @@ def training_in(folder) -> tuple[dict, dict]:
     path = Path(folder) / "run.yaml"
     if not (any(Path(folder).glob("model*.pt")) and path.is_file()):
         return {}, {}
-    settings = read_yaml(path)
-    return settings, settings.pop(RECORD, {})
+    return _settings_and_record(path)
 
 
 def refuse_other_training(run: Run, folder, sections, *, flag: str = "--log_dir", fixed: tuple = ()) -> None:

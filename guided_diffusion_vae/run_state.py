@@ -51,7 +51,9 @@ def commit(folder: Path, number: int, described: dict[str, list], state: dict) -
 
 
 def remove(folder: Path, names) -> None:
-    """Delete files, and the folders inside `folder` that this empties."""
+    """Delete files, and the folders inside `folder` that this empties; a name that leads out of it is passed over."""
+    inside = folder.resolve()
+    names = [name for name in names if (folder / name).resolve().is_relative_to(inside)]
     for name in names:
         (folder / name).unlink(missing_ok=True)
     for parent in {(folder / name).parent for name in names} - {folder}:
@@ -132,9 +134,7 @@ def refuse_used_folder(folder, resume_checkpoint: str = "") -> None:
 def newest_checkpoint(folder) -> tuple[str, list[str]]:
     """The newest complete model file in a folder ("" if there is none), and notes on what was passed over."""
     folder, notes = Path(folder), []
-    for leftover in folder.glob(".*.tmp-*"):
-        notes.append(f"removed the incomplete file {leftover.name}")
-        leftover.unlink(missing_ok=True)
+    notes += [f"removed the incomplete file {name}" for name in checkpoint.sweep(folder)]
     cut_off = _cut_off(folder)
     notes += [f"passed over checkpoint {number}: it was cut off before it was complete" for number in sorted(cut_off)]
     numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None}, reverse=True)
@@ -152,10 +152,14 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
     return "", notes
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, the state first; and the shards of those cut off."""
+def prune(folder: Path, keep: int, newest: int | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints, the state first; and the shards of those cut off.
+
+    Args:
+        newest: the number that was just written; higher ones, which were damaged or left behind, do not count.
+    """
     numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None})
-    for number in numbers[:-keep]:
+    for number in [number for number in numbers if newest is None or number <= newest][:-keep]:
         path = folder / f"state{number:06d}.pt"
         names = checkpoint.load(path)["files"]
         path.unlink()

@@ -80,6 +80,7 @@ def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
         SystemExit: with a script's exit code, if it failed or was stopped.
     """
     with _lock(folder) as lock, _Requests() as requests:
+        checkpoint.sweep(folder)
         for stage in stages:
             command, inputs = stage.command(), stage.inputs()
             note, wanted = folder / f"{stage.name}.json", {"command": command, "inputs": inputs, "done": True}

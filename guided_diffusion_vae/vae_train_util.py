@@ -151,6 +151,7 @@ class VAETrainer:
         if self.judge_opt:
             self.judge_opt.load_state_dict(state["disc_optimizer"])
         self.ema, self.step = state["ema"], state["step"]
+        logger.forget_after(self.step)
         logger.log(f"going on from step {self.step} of {path}")
 
     # ---- the loop

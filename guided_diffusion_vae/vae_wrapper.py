@@ -333,13 +333,13 @@ def from_file(path: Path) -> tuple[KLAutoencoder, LatentScale | None]:
         state_dict = checkpoint.load_state_dict(path)
         metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
         ours = "scale_factor" in metadata and "config" in metadata
-        groups = json.loads(metadata["config"])["norm_groups"] if ours else 32
+        groups, scale = _told(path, metadata) if ours else (32, None)
         model = from_state_dict(state_dict, norm_groups=groups)
         model.origin = tuned_from(state_dict, model) if ours else None
     except UserError as error:
         raise UserError(f"--vae_path {str(error) if str(path) in str(error) else f'{path}: {error}'}") from error
     if ours:
-        scale, said = LatentScale.of_words(metadata), metadata.get("latent_space")
+        said = metadata.get("latent_space")
         if said and said != fingerprint(model, scale):
             raise UserError(
                 f"--vae_path {path} says that it decodes latents of {said}, but its encoder's are of"
@@ -348,6 +348,18 @@ def from_file(path: Path) -> tuple[KLAutoencoder, LatentScale | None]:
         return model, scale
     like_sd = (model.config.embed_dim, model.config.downsample) == (4, 8)
     return model, LatentScale(SD_SCALE) if like_sd else None
+
+
+def _told(path: Path, metadata: dict[str, str]) -> tuple[int, LatentScale]:
+    """The groups of the norms and the scale that a file of ours tells."""
+    try:
+        groups, scale = json.loads(metadata["config"])["norm_groups"], LatentScale.of_words(metadata)
+        numbers = [n for part in (scale.scale, scale.shift) for n in (part if isinstance(part, tuple) else (part,))]
+        if not (isinstance(groups, int) and groups > 0 and all(map(math.isfinite, numbers))):
+            raise ValueError(f"norm_groups {groups}, {scale}")
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has damaged metadata ({one_line(error)}); copy it again") from error
+    return groups, scale
 
 
 def tuned_from(state_dict: dict[str, th.Tensor], model: KLAutoencoder) -> dict[str, th.Tensor] | None:

@@ -146,7 +146,7 @@ def test_samples_are_numbered_by_the_training_folder():
         ([np.zeros((0, 8, 8, 3), np.uint8)], "uint8"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int)], "arr_1"),
         ([np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4)], "arr_1"),
-        ([np.array([{}], dtype=object)], "not a readable"),
+        ([np.array([{}], dtype=object)], "Python objects"),
     ],
 )
 def test_an_npz_of_something_else_is_refused(tmp_path, arrays, wanted):

@@ -4,6 +4,7 @@ The networks are the same; names differ, the levels of diffusers' decoder count 
 has linear layers where LDM has 1x1 convolutions. A file's configuration is read off its keys and shapes.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def infer_config(state_dict: dict[str, th.Tensor], **known) -> KLConfig:
     pattern = re.compile(rf"encoder\.{down}\.(\d+)\.{res}\.(\d+)\.conv1\.weight")
     blocks = {(int(m[1]), int(m[2])): state_dict[m[0]] for m in map(pattern.fullmatch, state_dict) if m}
     ends = [f"{part}.{conv}.weight" for part in ("encoder", "decoder") for conv in ("conv_in", "conv_out")]
-    if not blocks or not all(end in state_dict for end in ends):
+    convs = [*blocks.values(), *(state_dict[end] for end in ends if end in state_dict)]
+    convs += [state_dict[key] for key in ("post_quant_conv.weight",) if key in state_dict]
+    whole = len(blocks) == math.prod(1 + max(numbers) for numbers in zip(*blocks, strict=True))
+    if not whole or not all(end in state_dict for end in ends) or any(w.ndim != 4 or 0 in w.shape for w in convs):
         raise UserError("these are not the weights of a KL autoencoder (no encoder.conv_in, encoder.down... keys)")
     ch = state_dict["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(level for level, _ in blocks)
@@ -153,15 +157,17 @@ def from_state_dict(state_dict: dict[str, th.Tensor], **known) -> KLAutoencoder:
             f"{config.norm_groups} groups of the norms do not divide these widths ({config.ch} x {config.ch_mult});"
             " the number of groups is told by the file that vae_train.py wrote: give that one"
         )
-    model = KLAutoencoder(config)
+    with th.device("meta"):  # no memory for a network before it is known that these are its weights
+        plan = KLAutoencoder(config)
     if is_diffusers(state_dict):
-        state_dict = to_ldm(state_dict, model)
-    wanted = model.state_dict()
+        state_dict = to_ldm(state_dict, plan)
+    wanted = plan.state_dict()
     differ = [key for key in wanted if key not in state_dict or state_dict[key].shape != wanted[key].shape]
     differ += [key for key in state_dict if key not in wanted]
     if differ:
         raise UserError(
             f"these weights are of another autoencoder: {', '.join(differ[:3])} ({len(differ)} keys) differ"
         )
+    model = KLAutoencoder(config)
     model.load_state_dict(state_dict)
     return model

@@ -6,6 +6,7 @@ the sorted list of names; a class's number is its place in that list.
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".pgm")
 FORMATS = ("PNG", "JPEG", "GIF", "PPM")
 MAX_PIXELS = 64_000_000  # a spectrogram is below a megapixel; beyond this it is a decompression bomb
 NAMED = 5  # how many bad files an error names
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of what MAX_PIXELS refuses anyway
 
 
 class ImageFolder(NamedTuple):
@@ -96,6 +98,8 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         UserError: the file is missing, truncated, too large, or not a PNG, JPEG, GIF or PGM.
     """
     try:
+        if Path(path).is_fifo():  # to open one would wait for ever
+            raise UserError(f"{path} is a pipe, not an image")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -119,6 +123,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if not (image.mode.startswith("I") or image.mode == "F"):
         return image
     values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are no numbers")
     full_scale = 1.0 if image.mode == "F" and values.max(initial=0) <= 1.0 else 65535.0
     return Image.fromarray(np.round(np.clip(values / full_scale, 0, 1) * 255).astype(np.uint8))
 

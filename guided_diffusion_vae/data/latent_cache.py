@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .. import dist_util
-from ..checkpoint import atomic_write
+from ..checkpoint import atomic_write, sweep
 from ..config import UserError
 from .image_folder import ImageFolder, read_rgb, refuse
 
@@ -72,7 +72,13 @@ def cached_moments(images: Dataset, folder: ImageFolder, vae, data_dir: Path, ca
 
 def cache_index(folder: ImageFolder, vae, image_size: int, data_dir: Path) -> dict:
     """What a cache was made from: the autoencoder, the size, and each file with its length and time."""
-    files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in folder.paths]
+    files, bad = [], []
+    for path in folder.paths:
+        try:
+            files.append((os.path.relpath(path, data_dir), os.stat(path)))
+        except OSError as error:  # a link to nowhere or to itself, or it is gone
+            bad.append(f"{path} cannot be read ({error.strerror})")
+    refuse(bad, len(folder.paths))
     return {
         "autoencoder": vae.fingerprint,
         "image_size": image_size,
@@ -84,9 +90,10 @@ def cache_is_current(place: Path, wanted: dict, *, named: bool) -> bool:
     """Whether `place` holds these images' latents; a named cache of another autoencoder is an error, not a rebuild."""
     try:
         found = json.loads((place / "index.json").read_text())
-    except (OSError, ValueError):
+        of = found["autoencoder"], found["image_size"]
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    if named and (found["autoencoder"], found["image_size"]) != (wanted["autoencoder"], wanted["image_size"]):
+    if named and of != (wanted["autoencoder"], wanted["image_size"]):
         raise UserError(
             f"--latent_cache {place} was encoded with autoencoder {found['autoencoder']} at {found['image_size']} px;"
             f" this run's is {wanted['autoencoder']} at {wanted['image_size']} px:"
@@ -124,6 +131,7 @@ def _create_array(path: Path, shape) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "index.json").unlink(missing_ok=True)
+        sweep(path.parent)
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         if hasattr(os, "posix_fallocate"):  # a full disk must fail here: later it would be a bus error in the mapping
             with open(path, "r+b") as handle:

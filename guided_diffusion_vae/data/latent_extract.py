@@ -270,8 +270,8 @@ def _prepare(folder: Path, part: Part, shards: dict[str, range]) -> tuple[list[s
     refuse_others(folder, part, lambda path: SHARD_NAME.fullmatch(path.name))
     todo = [name for name, rows in shards.items() if not is_current(folder / name, part.metadata(rows))]
     outdated = [path for path in folder.glob("*.safetensors") if path.name in todo or path.name not in shards]
-    left = list(folder.glob(".latents_rank*.tmp-*"))  # by a process that was killed
-    for path in [*outdated, *left, *([stats_file(folder)] if todo or outdated else [])]:
+    checkpoint.sweep(folder)
+    for path in [*outdated, *([stats_file(folder)] if todo or outdated else [])]:
         path.unlink(missing_ok=True)
     return todo, len(outdated)
 

@@ -26,6 +26,7 @@ SCRIPT = "scripts/latent_extract.py"
 SHARD_NAME = re.compile(r"latents_rank\d+_shard\d+\.safetensors")
 TYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_CLASSES = 1 << 20  # of labels that nobody named; a larger label is no label
 OPEN_MAPS = 256  # memory maps at a time, each of which holds a file descriptor
 
 
@@ -73,7 +74,7 @@ def read_header(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = {str(name): str(value) for name, value in header.pop("__metadata__", {}).items()}
         spans = {name: _span(**entry) for name, entry in header.items()}
         wanted = max((end for *_, end in spans.values()), default=0)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
     if found != wanted:
         raise UserError(f"{path} is damaged: it holds {found:,} of {wanted:,} bytes of tensors; copy it again")
@@ -113,6 +114,8 @@ def open_shard(path) -> Shard:
     labels = np.array(labels.map(path))
     if labels.min() < 0:
         raise UserError(f"{path}: row {labels.argmin()} has the label {labels.min()}; labels count from 0")
+    if labels.max() >= MAX_CLASSES:
+        raise UserError(f"{path}: row {labels.argmax()} has the label {labels.max()}; there are no so many classes")
     return Shard(Path(path), tensors, labels, metadata)
 
 
@@ -198,7 +201,7 @@ class LatentShards(Dataset):
         random_flip: give the mirrored image's latent half of the time, by Python's generator.
     Raises:
         UserError: see `open_shard`; no files; some that do not belong together; some are missing; flips that were not
-            extracted.
+            extracted. When a row is read: NaN in it.
     """
 
     def __init__(self, files: list[Path], *, random_flip: bool = False):
@@ -229,6 +232,8 @@ class LatentShards(Dataset):
     def _read_metadata(self, shard: Shard):
         try:
             self.class_names = json.loads(shard.metadata["class_names"])
+            if not (isinstance(self.class_names, list) and all(isinstance(name, str) for name in self.class_names)):
+                raise ValueError("class_names is no list of names")
             self.autoencoder, self.image_size = shard.metadata["autoencoder"], int(shard.metadata["image_size"])
             self.posterior, whole = shard.metadata.get("posterior"), int(shard.metadata["dataset_size"])
         except (KeyError, ValueError) as error:
@@ -260,7 +265,10 @@ class LatentShards(Dataset):
         number = int(np.searchsorted(self.ends, index, side="right"))
         tensor = self.mapped(number, name)
         row = index - self.ends[number] + len(tensor)
-        return np.array(tensor[row]), {"y": np.array(self.labels[index])}
+        z = np.array(tensor[row])
+        if not np.isfinite(z).all():
+            raise UserError(f"{self.paths[number]}: row {row} of {name} holds NaN or infinite values; extract it again")
+        return z, {"y": np.array(self.labels[index])}
 
     def mapped(self, number: int, name: str) -> np.ndarray:
         """A tensor of one file, memory-mapped."""

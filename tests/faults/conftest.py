@@ -1,0 +1,83 @@
+"""The fault suite: each test does to the program what the world does, and is a row of docs/reliability.md.
+
+    @pytest.mark.fault("kill -9 at a random moment of {verb}", promise="the resumed run ends with the same bits")
+
+One row a sentence: `{verb}` is the test's parameter of that name, so the cases of a parametrised test are one row where
+their sentences are the same and several where they differ. A test that tries its fault n times says so by
+`record_property("tried", n)`. `--all_faults` runs the slow ones as well, `--reliability FILE` writes the table.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- the table: written by make faults -->", "<!-- end of the table -->"
+HEAD = "| area | fault | promised | tried | what happened |\n|---|---|---|---|---|\n"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all_faults", action="store_true", help="run the slow faults as well")
+    parser.addoption("--reliability", metavar="FILE", help="write the table of faults between the marks of FILE")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(what, promise): one row of docs/reliability.md")
+    config.stash[Rows.key] = rows = Rows()
+    config.pluginmanager.register(rows)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow faults out unless they are asked for, and puts each row's words where reports carry them."""
+    for item in [item for item in items if item.path.is_relative_to(HERE)]:
+        if item.get_closest_marker("slow") and not config.getoption("--all_faults", False):
+            items.remove(item)
+            config.hook.pytest_deselected(items=[item])
+        elif mark := item.get_closest_marker("fault"):
+            words = getattr(item, "callspec", None) and item.callspec.params or {}
+            row = [text.format(**words) for text in (mark.args[0], mark.kwargs["promise"])]
+            item.user_properties.append(("fault", row))
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("--reliability", None)
+    if file and not hasattr(session.config, "workerinput"):
+        path = session.config.rootpath / file
+        before, _, rest = path.read_text().partition(BEGIN)
+        path.write_text(f"{before}{BEGIN}\n{HEAD}{session.config.stash[Rows.key].table()}{END}{rest.partition(END)[2]}")
+
+
+class Rows:
+    """What the reports say of each row, whichever process ran it."""
+
+    key = pytest.StashKey()
+
+    def __init__(self):
+        self.reports = defaultdict(list)
+
+    def pytest_runtest_logreport(self, report):
+        words = dict(report.user_properties)
+        if "fault" in words and (report.when == "call" or not report.passed):
+            self.reports[tuple(words["fault"])].append(report)
+
+    def table(self):
+        place = {row: min(report.location[:2] for report in reports) for row, reports in self.reports.items()}
+        return "".join(self.line(*row) for row in sorted(self.reports, key=lambda row: (place[row], row)))
+
+    def line(self, what, promise):
+        reports = self.reports[what, promise]
+        area = Path(reports[0].location[0]).stem.removeprefix("test_").replace("_", " ").capitalize()
+        tried = sum(dict(report.user_properties).get("tried", 1) for report in reports if report.when == "call")
+        ends = sorted({end(report) for report in reports})
+        cells = area, what, promise, str(tried), "; ".join(ends)
+        return f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in cells)} |\n"
+
+
+def end(report):
+    if hasattr(report, "wasxfail"):
+        return f"not yet: {report.wasxfail.removeprefix('reason: ')}"
+    if report.skipped:
+        return f"not tried: {report.longrepr[-1].removeprefix('Skipped: ')}"
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return "as promised" if report.passed else f"FAILED: {crash.message.splitlines()[0] if crash else report.longrepr}"
