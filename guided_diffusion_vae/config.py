@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is not a recipe
+LARGEST = 1 << 63  # whole numbers are below it: those of PyTorch have 64 bits
 MAX_DEPTH, MAX_WORD = 20, 10_000  # of a recipe's blocks; characters of one value
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C: a megabyte in seconds, not minutes
 
@@ -189,6 +190,8 @@ class Run:
     """A resolved run: every setting as an attribute, and each section as its dataclass."""
 
     def __init__(self, values: dict[str, Any], given: set[str], sections, control: argparse.Namespace):
+        for name in (name for name, value in values.items() if isinstance(value, int) and abs(value) >= LARGEST):
+            raise UserError(f"--{name} is {values[name]}; the largest number is {LARGEST - 1}")
         self.__dict__.update(values)
         self._names, self.given, self._sections = list(values), given, sections
         self.dry_run, self.debug, self.config = control.dry_run, control.debug, control.config

@@ -265,14 +265,14 @@ class VAETrainer:
             "step": self.step,
             "arguments": self.arguments,
         }
-        checkpoint.save(state, self.folder / "last.pt")
-        every = self.config.save_epochs * self.epoch_steps
-        if self.step == self.last_step or (every and self.step % every == 0):
-            checkpoint.save(state, self.folder / f"epoch_{self.epoch:04d}.pt")
         with self.average_in_place():
             self._show()
             if isinstance(self.model, KLAutoencoder):
                 self._publish()
+        every = self.config.save_epochs * self.epoch_steps
+        if self.step == self.last_step or (every and self.step % every == 0):
+            checkpoint.save(state, self.folder / f"epoch_{self.epoch:04d}.pt")
+        checkpoint.save(state, self.folder / "last.pt")  # last: who is killed before goes on from an earlier one
 
     def _show(self):
         if len(self.val):

@@ -38,7 +38,7 @@ def list_images(data_dir: str | os.PathLike) -> ImageFolder:
     the first `_`, as upstream has it.
 
     Raises:
-        UserError: no folder, or no images in it.
+        UserError: no folder, or no images in it; a class whose name is no text.
     """
     if not data_dir:
         raise UserError("--data_dir is empty; give a folder of PNG or JPEG images, one subfolder a user")
@@ -50,6 +50,11 @@ def list_images(data_dir: str | os.PathLike) -> ImageFolder:
         raise UserError(f"--data_dir {root} holds no images ({', '.join(EXTENSIONS)})")
     names = class_of_each(root, paths)
     class_names = sorted(set(names))
+    odd = [name for name in class_names if not name.isascii() and name.encode(errors="replace").decode() != name]
+    if odd:  # no record, table or report could hold it
+        raise UserError(
+            f"--data_dir {root} has the class {odd[0]!r}, whose name is not UTF-8: rename its folder or files"
+        )
     number = {name: place for place, name in enumerate(class_names)}
     return ImageFolder([str(path) for path in paths], [number[name] for name in names], class_names)
 

@@ -171,9 +171,10 @@ def said(done, code, *words):
 
 
 def contents(folder):
-    """What lies in a folder, and a digest of each file."""
+    """What lies in a folder, and a digest of each file; of a pipe, which would wait for a writer, that it is there."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if not path.is_dir()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    files = {path: path.read_bytes() if path.is_file() else b"" for path in paths}
+    return {str(path.relative_to(folder)): hashlib.sha256(data).hexdigest() for path, data in files.items()}
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """What a user may hand to a script: a world in which every command works, and the ends of commands that do not.
 
-A script is tried in a fork of the process that has imported it: its exit code, its lines and its files are a user's,
-and a hundred tries cost no hundred imports.
+A script is tried in a fork of a process that has imported it: its exit code, its lines and its files are a user's, and
+a hundred tries cost no hundred imports.
 """
 
 import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import pickle
 import re
@@ -112,35 +113,51 @@ def defaults_of(name):
     return {flag: default[1] for flag, default in found.items() if default}
 
 
-def ended(name, words, *, limit=LIMIT, before=lambda: None):
-    """A script's end in a fork of this process: (returncode, stdout, stderr); fails if it takes longer than the limit.
-
-    Args:
-        before: called in the fork, to make its world a worse one.
-    """
-    main = main_of(name)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush(), sys.stderr.flush()
-        child = os.fork()
-        if not child:
-            _become(main, [str(word) for word in words], out.fileno(), err.fileno(), before)
-        code = _wait(child, limit)
-        texts = []
-        for stream in (out, err):
-            stream.seek(0)
-            texts.append(stream.read().decode(errors="replace"))
-    assert code is not None, f"{name} {words} did not end within {limit} s: {texts}"
-    return subprocess.CompletedProcess([name, *words], code, *texts)
+def ended(name, words, *, limit=LIMIT):
+    """A script's end: (returncode, stdout, stderr); fails if it takes longer than the limit."""
+    server = nursery()
+    server.stdin.write(json.dumps([name, [str(word) for word in words], limit]) + "\n")
+    server.stdin.flush()
+    code, out, err = json.loads(server.stdout.readline())
+    assert code is not None, f"{name} {words} did not end within {limit} s: {out[-1000:]} {err[-1000:]}"
+    return subprocess.CompletedProcess([name, *words], code, out, err)
 
 
-def _become(main, words, out, err, before):
+@functools.cache
+def nursery():
+    """A process that does nothing but fork: a fork of this one, whose tests start threads, could wait for ever."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, __file__], env=env, cwd=ROOT, **pipes)
+
+
+def serve():
+    """Try each script of a line on standard input, and answer by a line."""
+    answers = open(os.dup(1), "w")
+    for line in sys.stdin:
+        name, words, limit = json.loads(line)
+        main = main_of(name)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            child = os.fork()
+            if not child:
+                become(main, words, out.fileno(), err.fileno())
+            code, texts = wait_for(child, limit), []
+            for stream in (out, err):
+                stream.seek(0)
+                texts.append(stream.read().decode(errors="replace"))
+        print(json.dumps([code, *texts]), file=answers, flush=True)
+
+
+def become(main, words, out, err):
+    """Be the script from here on."""
     code = 99
     try:
         os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1), os.dup2(err, 2)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
         sys.argv = ["script", *words]
-        before()
         dist_util.run_main(lambda: main(words))
     except SystemExit as leaving:
         code = leaving.code or 0
@@ -150,7 +167,8 @@ def _become(main, words, out, err, before):
         os._exit(code)
 
 
-def _wait(child, limit):
+def wait_for(child, limit):
+    """The child's exit code; None, and its end, if it takes longer."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -197,3 +215,7 @@ def one_line(read, *, within=100):
         read()
     assert memory() - before < within, f"{memory() - before} MB"
     return str(error.value)
+
+
+if __name__ == "__main__":
+    serve()

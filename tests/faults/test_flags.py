@@ -12,12 +12,12 @@ from helpers import ROOT
 from inputs import COMMANDS, FILES, FOLDERS, LIMIT, World, defaults_of, ended
 
 SCRIPTS = pytest.mark.parametrize("script", COMMANDS)
-OPTIONAL = {("image_train_vae.py", "val_dir"), ("latent_extract.py", "val_dir"), ("vae_train.py", "ckpt")}
-OPTIONAL |= {
-    ("evaluator.py", "vae_path"),
-    ("classifier_train_vae.py", "val_data_dir"),
-    ("classifier_train_vae.py", "model_path"),
-}  # or not read by the command
+OPTIONAL = {  # they may be empty, or are not read by the command
+    *(("image_train_vae.py", "val_dir"), ("latent_extract.py", "val_dir"), ("vae_train.py", "ckpt")),
+    *(("classifier_train_vae.py", "val_data_dir"), ("classifier_train_vae.py", "model_path")),
+    *(("image_sample_vae.py", "classifier_path"), ("run_pipeline.py", "classifier_path")),
+    *(("run_pipeline.py", "heldout_dir"), ("run_pipeline.py", "val_dir"), ("evaluator.py", "vae_path")),
+}
 WRONG = {int: ("many", "1.5"), float: ("much",), bool: ("maybe",)}  # words that are none of a type
 
 
@@ -109,7 +109,7 @@ MODES = [
     ("image_train_vae.py", "--lr nan --data_dir {data}", 2),
     ("image_train_vae.py", "--num_heads 3 --data_dir {data}", 2),
     ("image_train_vae.py", "--vae_path stabilityai/sd-vae-ft-mze --data_dir {data}", 2),
-    ("image_train_vae.py", "--network dit --process flow --noise_schedule cosin --data_dir {data}", 2),
+    ("image_train_vae.py", "--noise_schedule cosin --data_dir {data}", 2),
     ("image_sample_vae.py", "--model_path {model} --num_steps 5 --timestep_respacing 5", 2),
     ("image_sample_vae.py", "--model_path {model} --sampler euler", 2),
     ("latent_extract.py", "--data_dir {data} --vae_path pixel --out_dir {out}", 2),

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import VERBS, Job, assert_same_end, assert_tidy, run, undisturbed, write_checkpoint
+from harness import VERBS, Job, assert_same_end, assert_tidy, here, run, undisturbed, write_checkpoint
 from helpers import draw_users
 
 from guided_diffusion_vae import checkpoint, run_state
@@ -164,6 +164,31 @@ def test_killed_between_the_calls_of_a_write(tmp_path, number, monkeypatch, reco
             break
     assert nth > 16
     record_property("tried", nth - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "kill -9 before each file of the last write of an autoencoder's training",
+    promise="the same command ends with the same last.pt and the same published autoencoder",
+)
+def test_killed_in_the_last_write_of_an_autoencoder(data, tmp_path, monkeypatch, record_property):
+    verb, real = VERBS["autoencoder training"], os.replace
+    here("vae_train", *verb.words(data, tmp_path / "straight"), "--lr_schedule", "constant")
+    for nth in range(1, 6):  # two grids, the published file, epoch_0003.pt, last.pt
+        out, left = tmp_path / str(nth), [nth]
+        words = verb.words(data, out)
+
+        def replace(*paths):
+            left[0] -= 1  # noqa: B023
+            return real(*paths) if left[0] else die()  # noqa: B023
+
+        here("vae_train", *words, "--max_steps", 9, "--lr_schedule", "constant")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            assert dies(lambda: here("vae_train", *words, "--lr_schedule", "constant"))  # noqa: B023
+        here("vae_train", *words, "--lr_schedule", "constant")
+        assert_same_end(tmp_path / "straight", out, *verb.makes)
+    record_property("tried", 5)
 
 
 @pytest.mark.fault(

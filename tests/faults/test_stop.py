@@ -28,8 +28,9 @@ def has_saved(out):
     return lambda: [*out.glob("state*.pt"), *out.glob("last.pt")]
 
 
-ASKED = [("SIGTERM", "python"), ("SIGINT", "python"), ("SIGUSR1", "python"), ("SIGTERM", "mpiexec")]
-ASKED += [("SIGTERM", "torchrun")]
+TRAININGS = "training", "autoencoder training", "classifier training"
+ASKED = [(name, verb, "python") for name in ("SIGTERM", "SIGINT", "SIGUSR1") for verb in TRAININGS]
+ASKED += [("SIGTERM", "training", launcher) for launcher in ("mpiexec", "torchrun")]
 
 
 @pytest.mark.slow
@@ -38,11 +39,8 @@ ASKED += [("SIGTERM", "torchrun")]
     promise="the step is finished and saved, one line, code 75 (torchrun: its own); it goes on to the same bits"
     " (two ranks: within 1e-6)",
 )
-@pytest.mark.parametrize("verb", ["training", "autoencoder training", "classifier training"])
-@pytest.mark.parametrize("name, launcher", ASKED)
-def test_asked_to_stop(verb, name, launcher, data, tmp_path):
-    if launcher != "python" and verb != "training":
-        pytest.skip("as for training: the launchers are the same")
+@pytest.mark.parametrize("name, verb, launcher", ASKED)
+def test_asked_to_stop(name, verb, launcher, data, tmp_path):
     out, straight = tmp_path / "out", tmp_path / "straight"
     with undisturbed(data):
         with start(verb, data, out, launcher) as job:
