@@ -5,6 +5,7 @@ a hundred tries cost no hundred imports.
 """
 
 import contextlib
+import faulthandler
 import functools
 import importlib.util
 import io
@@ -141,7 +142,7 @@ def serve():
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             child = os.fork()
             if not child:
-                become(main, words, out.fileno(), err.fileno())
+                become(main, words, out.fileno(), err.fileno(), limit)
             code, texts = wait_for(child, limit), []
             for stream in (out, err):
                 stream.seek(0)
@@ -149,7 +150,7 @@ def serve():
         print(json.dumps([code, *texts]), file=answers, flush=True)
 
 
-def become(main, words, out, err):
+def become(main, words, out, err, limit):
     """Be the script from here on."""
     code = 99
     try:
@@ -158,6 +159,7 @@ def become(main, words, out, err):
         os.dup2(out, 1), os.dup2(err, 2)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
         sys.argv = ["script", *words]
+        faulthandler.dump_traceback_later(0.9 * limit, file=sys.stderr)  # where it waits, if it does
         dist_util.run_main(lambda: main(words))
     except SystemExit as leaving:
         code = leaving.code or 0
