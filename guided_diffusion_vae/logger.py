@@ -17,8 +17,8 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-from .checkpoint import SaveError, atomic_write, save_csv, sweep
-from .config import UserError
+from .checkpoint import atomic_write, save_csv, sweep
+from .folder_lock import hold, make_folder, release
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -219,6 +219,8 @@ class Logger:
         for format in self.output_formats:
             with contextlib.suppress(OSError):  # a full disk: it has been said
                 format.close()
+        if self.dir:
+            release(self.dir)
 
 
 def _plain(value):
@@ -248,21 +250,24 @@ def get_rank_without_mpi_import():
 
 
 def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
-    """Log into `dir`: the argument, else OPENAI_LOGDIR, else a dated folder below the temporary folder."""
+    """Log into `dir`: the argument, else OPENAI_LOGDIR, else a dated folder below the temporary folder.
+
+    Raises:
+        UserError: it is no folder, or another run works there.
+        SaveError: it cannot be made or written to.
+    """
     if dir is None:
         dir = os.getenv("OPENAI_LOGDIR")
     if not dir:
         dir = os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
     dir = os.path.expanduser(dir)
-    try:
-        os.makedirs(dir, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--log_dir {dir} is a file, or lies below one; give a folder") from error
-    except OSError as error:
-        raise SaveError(f"--log_dir {dir} cannot be made ({error.strerror}); choose another folder") from error
     rank = get_rank_without_mpi_import()
-    left = sweep(dir) if rank == 0 else []
-    if rank > 0:
+    left = []
+    if rank == 0:
+        hold(dir, "--log_dir")
+        left = sweep(dir)
+    else:
+        make_folder(dir, "--log_dir")
         log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")

@@ -35,6 +35,7 @@ from .script_util import (
     downsample_factors,
     parse_channel_mult,
 )
+from .train_config import refuse_keeping
 
 LABEL_WEIGHT = 5e-4  # of the cross-entropy beside the loss of the gradient, whose gain is of hundredths
 TIME_SCALE = 1000.0  # of a flow: the classifier embeds times as the U-Net does
@@ -42,7 +43,7 @@ HEAD_CHANNELS = 64  # upstream's classifiers attend with heads of so many channe
 PROCESS_FLAGS = {"gaussian": ("noise_schedule", "diffusion_steps", "rescale_timesteps", "zero_terminal_snr")}
 PROCESS_FLAGS |= {"flow": ("path_type",)}
 LOOP_FLAGS = ("lr", "weight_decay", "batch_size", "microbatch", "log_interval", "save_interval", "resume_checkpoint")
-LOOP_FLAGS += ("amp", "channels_last", "keep_checkpoints", "max_hours", "seed")
+LOOP_FLAGS += ("amp", "channels_last", "keep_last", "keep_every", "max_hours", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,16 @@ class ClassifierTrainConfig:
     process: str = "gaussian"  # gaussian (diffusion) or flow (matching): that of the model to be guided
     amp: str = "none"  # none; bf16: it runs in bfloat16, the rest in float32; auto: bf16 on GPUs that have it
     channels_last: bool = False  # train with the channels innermost: on a CPU faster, rounded otherwise
-    keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
+    keep_last: int = 0  # how many checkpoints to keep; 0 = all
+    keep_every: int = 0  # steps between checkpoints that stay beside those; 0 = none
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
     seed: int = 0  # order of the data, times and noise follow it
     log_dir: str = ""  # where it goes; empty: OPENAI_LOGDIR, else runs/classifier
 
     def __post_init__(self):
         refuse_below(self, 1, "iterations", "batch_size", "log_interval", "eval_interval", "save_interval")
-        refuse_below(self, 0, "weight_decay", "keep_checkpoints", "max_hours")
+        refuse_below(self, 0, "weight_decay", "keep_last", "keep_every", "max_hours")
+        refuse_keeping(self)
         if self.lr <= 0:
             raise UserError(f"--lr is {self.lr}; it must be above 0")
         for name, known in (("process", tuple(PROCESS_FLAGS)), ("amp", ("none", "bf16", "auto"))):

@@ -23,6 +23,10 @@ FORMAT = 1
 NUMBERED = re.compile(r"model(\d+)\.[^/]*$")  # a checkpoint of a run, at a step
 
 
+class NewerVersion(UserError):
+    """A checkpoint that this program is too old to read. It is whole, so that no earlier one must take its place."""
+
+
 def write_checkpoint(folder: Path, number: int, files: dict[str, object], state: dict) -> None:
     """Write the files, then the state that commits them.
 
@@ -82,7 +86,8 @@ def read_state(model_path) -> dict:
     """The run state beside a model file, its files verified; {} if the model has none (upstream's).
 
     Raises:
-        UserError: the checkpoint is damaged or of a newer version.
+        UserError: the checkpoint is damaged.
+        NewerVersion: it was written by a newer program.
     """
     path = Path(model_path)
     number = _number(path, "model")
@@ -91,7 +96,7 @@ def read_state(model_path) -> dict:
         return {}
     state = checkpoint.load(state_path)
     if state["format"] > FORMAT:
-        raise UserError(f"{state_path} was written by a newer version of this program; update it")
+        raise NewerVersion(f"{state_path} was written by a newer version of this program; update it")
     for name, (size, sha256) in state["files"].items():
         file = path.parent / name
         if not file.is_file() or file.stat().st_size != size or checkpoint.digest(file) != sha256:
@@ -132,7 +137,11 @@ def refuse_used_folder(folder, resume_checkpoint: str = "") -> None:
 
 
 def newest_checkpoint(folder) -> tuple[str, list[str]]:
-    """The newest complete model file in a folder ("" if there is none), and notes on what was passed over."""
+    """The newest complete model file in a folder ("" if there is none), and notes on what was passed over.
+
+    Raises:
+        NewerVersion: a newer program went on with this run.
+    """
     folder, notes = Path(folder), []
     notes += [f"removed the incomplete file {name}" for name in checkpoint.sweep(folder)]
     cut_off = _cut_off(folder)
@@ -143,6 +152,8 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
         try:
             read_state(model)
             return str(model), notes
+        except NewerVersion:
+            raise
         except UserError as error:
             notes.append(f"passed over checkpoint {number}: {error}")
     bare = sorted({_number(path, "model") for path in folder.glob("model*.pt")} - {None} - cut_off - set(numbers))
@@ -152,20 +163,36 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
     return "", notes
 
 
-def prune(folder: Path, keep: int, newest: int | None = None) -> None:
+def prune(folder: Path, keep: int, newest: int | None = None, *, every: int = 0) -> None:
     """Delete all but the newest `keep` complete checkpoints, the state first; and the shards of those cut off.
 
     Args:
         newest: the number that was just written; higher ones, which were damaged or left behind, do not count.
+        every: multiples of it stay, too; 0: none.
     """
     numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None})
-    for number in [number for number in numbers if newest is None or number <= newest][:-keep]:
+    old = [number for number in numbers if newest is None or number <= newest][:-keep]
+    for number in [number for number in old if not (every and number and number % every == 0)]:
         path = folder / f"state{number:06d}.pt"
         names = checkpoint.load(path)["files"]
         path.unlink()
         remove(folder, names)
     for number in _cut_off(folder):
         shutil.rmtree(shards_folder(folder, number), ignore_errors=True)
+
+
+def lack_of_room(folder: Path, size: int, count: int) -> str:
+    """What to say, and to do, if so many checkpoints of so many bytes do not fit on the disk; empty if they do."""
+    free, need = shutil.disk_usage(folder).free, size * count
+    if need <= free:
+        return ""
+    several = (
+        f"{count} checkpoints of about {size / 1e9:.3g} GB do"
+        if count > 1
+        else f"a checkpoint of {size / 1e9:.3g} GB does"
+    )
+    remedy = "give --keep_last 2, or another --log_dir" if count > 3 else "free space, or give another --log_dir"
+    return f"--log_dir {folder} has {free / 1e9:.3g} GB left, which {several} not fit: {remedy}"
 
 
 def get_random_state() -> dict:

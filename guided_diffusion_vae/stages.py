@@ -1,12 +1,10 @@
 """Scripts one after the other, in a folder that remembers which of them are done.
 
 A stage leaves `STAGE.json`: its command, digests of what went in, and whether it is done. Run again, what is done is
-skipped and what was interrupted goes on; what has another command or input is done again. A file lock that the running
-script inherits keeps two pipelines out of one folder, also after the first was killed.
+skipped and what was interrupted goes on; what has another command or input is done again.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -22,6 +20,7 @@ from pathlib import Path
 from . import checkpoint
 from .config import UserError
 from .dist_util import EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_TRAINING, EXIT_USER
+from .folder_lock import holding
 from .stop_signals import ECHO_S
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -38,7 +37,7 @@ class Stage:
         made: a file without which it is not done.
         whole: whether all else that it made is there.
         goes_on: a folder of checkpoints that it goes on from, which is right with the same inputs only.
-        clears: a folder that a stage that ran before may have left more in than the next will overwrite.
+        clears: a folder in the script's own, in which an earlier run may have left more than the next overwrites.
     """
 
     name: str
@@ -79,7 +78,7 @@ def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
         UserError: another pipeline works in this folder; it cannot be written; the data of a training have changed.
         SystemExit: with a script's exit code, if it failed or was stopped.
     """
-    with _lock(folder) as lock, _Requests() as requests:
+    with holding(folder, "--out_dir"), _Requests() as requests:
         checkpoint.sweep(folder)
         for stage in stages:
             command, inputs = stage.command(), stage.inputs()
@@ -93,11 +92,12 @@ def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
                 raise UserError(
                     f"--data_dir has changed, but {stage.goes_on} holds a training on the old: give another --out_dir"
                 )
-            if stage.clears and before:
-                shutil.rmtree(stage.clears, ignore_errors=True)
+            if stage.clears and before and stage.clears.is_dir():
+                with holding(stage.clears.parent, "--out_dir"):  # a script whose pipeline was killed may work there
+                    shutil.rmtree(stage.clears, ignore_errors=True)
             _write(note, wanted | {"done": False})
             say(f"{stage.name}: {shown(command)}")
-            code = requests.run(command, lock)
+            code = requests.run(command)
             if code == 0:
                 _write(note, wanted)
             if requests.asked and code not in (EXIT_USER, EXIT_ENVIRONMENT, EXIT_TRAINING):
@@ -119,25 +119,6 @@ def _write(path: Path, note: dict) -> None:
         handle.write(json.dumps(note).encode())
 
 
-@contextlib.contextmanager
-def _lock(folder: Path):
-    """A lock on the folder, as a file descriptor that scripts inherit; no lock where the file system has none."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to --out_dir {folder} ({error.strerror}): choose another folder") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            busy = "another pipeline, or a script it started, still works there: wait or end it"
-            raise UserError(f"--out_dir {folder}: {busy}") from error
-        except OSError:
-            pass
-        yield handle.fileno()
-
-
 class _Requests:
     """Hands requests to stop on to the running script; it saves at the first and leaves at once at a later one."""
 
@@ -157,12 +138,12 @@ class _Requests:
             os.write(2, b"asked to stop: waiting for the script; asked again, it leaves without saving\n")
             self.child.terminate()  # the script alone: workers of its own must live until it has saved
 
-    def run(self, command: list[str], lock: int) -> int:
+    def run(self, command: list[str]) -> int:
         """Run a command to its end; returns its code, below 0 if a signal ended it."""
         if self.asked:
             return EXIT_STOPPED
         how = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": os.environ | {"PYTHONUNBUFFERED": "1"}}
-        self.child = subprocess.Popen(command, pass_fds=(lock,), **how)
+        self.child = subprocess.Popen(command, **how)
         if self.asked:  # meanwhile
             self.child.terminate()
         try:

@@ -27,7 +27,8 @@ class TrainConfig:
     max_steps: int = 0  # stop after so many steps; 0 = when lr_anneal_steps or max_epochs says so, or never
     max_epochs: int = 0  # stop after so many passes over the data; 0 = no limit
     sample_interval: int = 0  # steps between sample grids; 0 = none
-    keep_checkpoints: int = 0  # how many checkpoints to keep; 0 = all
+    keep_last: int = 0  # how many checkpoints to keep; 0 = all
+    keep_every: int = 0  # steps between checkpoints that stay beside those; 0 = none
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit
     seed: int = 0  # order of the data, times and noise follow it
     amp: str = "none"  # none; bf16: the network runs in bfloat16, the rest in float32; auto: bf16 on GPUs that have it
@@ -50,7 +51,8 @@ class TrainConfig:
         refuse_below(self, 1, "batch_size", "log_interval", "save_interval")
         steps = "lr_anneal_steps", "warmup_steps", "max_steps", "max_epochs", "sample_interval", "val_interval"
         steps += "patience", "max_memorisation", "posthoc_interval"
-        refuse_below(self, 0, *steps, "keep_checkpoints", "max_hours", "grad_clip")
+        refuse_below(self, 0, *steps, "keep_last", "keep_every", "max_hours", "grad_clip")
+        refuse_keeping(self)
         for name in (name for name in ("patience", "max_memorisation") if getattr(self, name) and not self.val_dir):
             raise UserError(f"--{name} {getattr(self, name)} needs --val_dir, the held-out data to judge by")
         if self.max_memorisation >= 1:
@@ -67,6 +69,15 @@ class TrainConfig:
         ema_rates(self.ema_rate)
         betas_of(self.adam_betas)
         lengths_of(self.posthoc_ema)
+
+
+def refuse_keeping(config) -> None:
+    """Raise a UserError if `--keep_every` can keep nothing."""
+    every, between = config.keep_every, config.save_interval
+    if every and not config.keep_last:
+        raise UserError(f"--keep_every {every} needs --keep_last N: without it all checkpoints are kept")
+    if every % between:
+        raise UserError(f"--keep_every {every} is no multiple of --save_interval {between}: give a multiple")
 
 
 def in_bfloat16(amp: str) -> bool:

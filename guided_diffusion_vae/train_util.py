@@ -27,6 +27,7 @@ from .resample import LossAwareSampler, create_named_schedule_sampler
 from .run_state import (
     NUMBERED,
     get_random_state,
+    lack_of_room,
     newest_checkpoint,
     parse_resume_step_from_filename,
     prune,
@@ -85,7 +86,8 @@ class TrainLoop:
         max_steps=0,
         sample_interval=0,
         sample_fn=None,
-        keep_checkpoints=0,
+        keep_last=0,
+        keep_every=0,
         max_hours=0.0,
         seed=None,
         progress=False,
@@ -118,7 +120,7 @@ class TrainLoop:
         self.weight_decay, self.betas, self.bf16 = weight_decay, betas_of(adam_betas), in_bfloat16(amp)
         self.ema_rate, self.ema_warmup = ema_rates(ema_rate) if ema_rate != "" else [], ema_warmup
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
-        self.sample_fn, self.keep_checkpoints = sample_fn, keep_checkpoints
+        self.sample_fn, self.keep_last, self.keep_every = sample_fn, keep_last, keep_every
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         if use_fp16 and not th.cuda.is_available():
             logger.warn("--use_fp16 True on a CPU is correct, but several times slower than False")
@@ -273,6 +275,8 @@ class TrainLoop:
         if over:
             logger.log(f"nothing to do: {over}")
             return
+        if dist_util.rank() == 0 and (lack := self._lack_of_room()):
+            logger.warn(lack)
         self.power.forget(self.resume_step)
         logger.forget_after(self.resume_step - 1)
         saved = None
@@ -304,6 +308,17 @@ class TrainLoop:
         if saved != self.step + self.resume_step - 1:
             self.save(self.step + self.resume_step)
         self.validation.report(self.best_average())
+
+    def _lack_of_room(self) -> str:
+        copies = 3 + len(self._kept().averages)  # the weights, AdamW's two moments, the averages
+        size = copies * sum(4 * p.numel() for p in self.model.parameters())
+        to_come = (self.last_step - self.resume_step) // self.save_interval + 1 if self.last_step else 1
+        stay = self.keep_last and self.keep_last + (
+            to_come * self.save_interval // self.keep_every if self.keep_every else 0
+        )
+        there = len(list(Path(get_blob_logdir()).glob("state*.pt")))
+        count = max(1, min(to_come, stay + 1 - there)) if stay else to_come
+        return lack_of_room(Path(get_blob_logdir()), size, count)
 
     def _progress_bar(self):
         steps = self.last_step - self.resume_step if self.last_step else None
@@ -505,8 +520,8 @@ class TrainLoop:
         for what in (0, *(name for name, _ in self._kept().averages)) if dist_util.rank() == 0 else ():
             logger.log(f"saving model {what}...")
         self.sharding.save(folder, number, self._kept(), state)
-        if self.keep_checkpoints:
-            dist_util.rank0_first(lambda: prune(folder, self.keep_checkpoints, number))
+        if self.keep_last:
+            dist_util.rank0_first(lambda: prune(folder, self.keep_last, number, every=self.keep_every))
         self.saved_average = folder / self._average_name(number)
         self.save_seconds = time.monotonic() - begin
 

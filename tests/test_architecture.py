@@ -7,7 +7,7 @@ import guided_diffusion_vae
 
 PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
-    {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"},
+    {"config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals", "folder_lock"},
     {
         *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
         *("guidance", "samplers", "denoiser", "score_matching"),

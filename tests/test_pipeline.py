@@ -209,23 +209,41 @@ def test_a_script_that_is_done_when_asked_to_stop_is_not_done_again(tmp_path):
     assert process.wait(30) == 75 and json.loads((tmp_path / "a.json").read_text())["done"]
 
 
-def test_the_folder_is_locked_also_while_only_the_script_lives(tmp_path):
+def test_two_pipelines_do_not_share_a_folder(tmp_path):
     process = host(tmp_path, "print('rea' 'dy'); time.sleep(60)")
     wait_for(process, "ready")
     (child,) = children(process)
-    for _ in range(2):  # with the pipeline, and with the orphan alone
-        with pytest.raises(UserError, match="another pipeline, or a script it started, still works there"):
-            stages.run_stages([], tmp_path)
-        process.kill()
-        process.wait()
-    os.kill(child, signal.SIGKILL)
-    time.sleep(0.2)
+    with pytest.raises(UserError, match=f"--out_dir .* is in use by process {process.pid} on .*choose another folder"):
+        stages.run_stages([], tmp_path)
+    process.kill()
+    process.wait()
     stages.run_stages([], tmp_path)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_nothing_is_cleared_where_an_orphan_still_works(tmp_path):
+    """The script of a killed pipeline holds its own folder."""
+    holds = "from guided_diffusion_vae import folder_lock; folder_lock.hold('samples', '--log_dir')"
+    process = host(tmp_path, f"{holds}; print('rea' 'dy'); time.sleep(60)")
+    wait_for(process, "ready")
+    (child,) = children(process)
+    process.kill()
+    process.wait()
+    (tmp_path / "samples" / "png").mkdir()
+    again = stage(tmp_path, "a", "pass", clears=tmp_path / "samples" / "png")
+    with pytest.raises(UserError, match=f"is in use by process {child} on"):
+        stages.run_stages([again], tmp_path)
+    os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stages.run_stages([again], tmp_path)
+    assert not (tmp_path / "samples" / "png").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to --out_dir .*choose another"):
+    with pytest.raises(UserError, match="--out_dir .*is a file, or lies below one; give a folder"):
         stages.run_stages([], tmp_path / "file")
 
 

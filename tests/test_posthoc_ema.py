@@ -233,7 +233,7 @@ def test_a_length_that_was_not_tracked_is_refused(folder):
 
 
 def test_old_ones_go_with_their_checkpoints_and_snapshots_stay(folder):
-    loop(**RUN, keep_checkpoints=1).run_loop()
+    loop(**RUN, keep_last=1).run_loop()
     assert [path.name for path in folder.glob("ema_power0.05_*")] == ["ema_power0.05_000011.pt"]
     assert len(files(folder)) == 8
     assert run_state.newest_checkpoint(folder) == (str(folder / "model000011.pt"), [])

@@ -386,7 +386,7 @@ VALID = {"heldout": HeldOut(), "max_steps": 10, "ema_rate": "0.9,0.99"}
 
 def test_the_lowest_loss_is_kept_and_named(folder, scripted):
     left = scripted(5.0, 3.0, math.nan, 4.0)  # at 0, 4, 8 as saved, and at the end
-    loop(**VALID, keep_checkpoints=1).run_loop()
+    loop(**VALID, keep_last=1).run_loop()
     assert not left
     kept = [path.name for path in folder.glob("*.pt")]
     numbered = ["model000010.pt", "ema_0.9_000010.pt", "ema_0.99_000010.pt", "opt000010.pt", "state000010.pt"]

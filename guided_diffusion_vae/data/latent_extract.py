@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .. import checkpoint, dist_util
 from ..config import UserError, refuse_below
+from ..folder_lock import hold, make_folder, release
 from ..image_datasets import PARTS, ImageDataset, describe, speaking_of
 from ..vae_wrapper import stats_file
 from .image_folder import ImageFolder, list_images, refuse
@@ -69,7 +70,8 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
     the same rows for any number of processes and after any interruption. What is finished is kept.
 
     Raises:
-        UserError: no images, or some that cannot be read; `--out_dir` holds latents of another autoencoder or size.
+        UserError: no images, or some that cannot be read; `--out_dir` holds latents of another autoencoder or size, or
+            another extraction writes there.
         SaveError: the disk is full; the same command goes on.
     """
     if vae.is_pixel:
@@ -77,10 +79,14 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
     if not config.out_dir:
         raise UserError("--out_dir is empty; give a folder for the latents")
     vae.latent_shape(config.image_size)  # complains in one line about a size that the autoencoder cannot halve
-    _extract_part("train", config.data_dir, config, vae, say)
-    if config.val_dir:
-        with speaking_of("--val_dir"):
-            _extract_part("val", config.val_dir, config, vae, say)
+    dist_util.rank0_first(lambda: hold(config.out_dir, "--out_dir"))
+    try:
+        _extract_part("train", config.data_dir, config, vae, say)
+        if config.val_dir:
+            with speaking_of("--val_dir"):
+                _extract_part("val", config.val_dir, config, vae, say)
+    finally:
+        release(config.out_dir)
 
 
 def _extract_part(name: str, data_dir, config: ExtractConfig, vae, say) -> None:
@@ -266,7 +272,7 @@ def write_shards(folder: Path, part: Part, size: int, encode, say) -> tuple[list
 
 def _prepare(folder: Path, part: Part, shards: dict[str, range]) -> tuple[list[str], int]:
     """Which shards are to be written; what is outdated goes first, so that no folder ever looks finished in error."""
-    make_folder(folder)
+    make_folder(folder, "--out_dir")
     refuse_others(folder, part, lambda path: SHARD_NAME.fullmatch(path.name))
     todo = [name for name, rows in shards.items() if not is_current(folder / name, part.metadata(rows))]
     outdated = [path for path in folder.glob("*.safetensors") if path.name in todo or path.name not in shards]
@@ -277,7 +283,7 @@ def _prepare(folder: Path, part: Part, shards: dict[str, range]) -> tuple[list[s
 
 
 def _is_joined(whole: Path, part: Part) -> bool:
-    make_folder(whole.parent)
+    make_folder(whole.parent, "--out_dir")
     refuse_others(whole.parent, part, lambda path: path.stem in ("train", "val"))
     if is_current(whole, part.metadata(range(len(part.labels)))):
         return True
@@ -290,19 +296,6 @@ def _join(shards: list[Path], whole: Path, metadata: dict[str, str]) -> None:
     opened = [open_shard(path) for path in shards]
     names = ("latents", "latents_flip", "labels")
     write_safetensors(whole, {name: [s.tensors[name].map(s.path) for s in opened] for name in names}, metadata)
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder for latents.
-
-    Raises:
-        UserError: it cannot be made, or is a file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write the latents to --out_dir {folder} ({why}): choose another folder") from error
 
 
 def refuse_others(folder: Path, part: Part, ours: Callable) -> None:

@@ -11,10 +11,26 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from harness import train
+from helpers import draw_users
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- the table: written by make faults -->", "<!-- end of the table -->"
 HEAD = "| area | fault | promised | tried | what happened |\n|---|---|---|---|---|\n"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Two users with five images each; nothing may be written among them."""
+    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory):
+    """A training that nothing happened to."""
+    out = tmp_path_factory.mktemp("straight")
+    train(data, out)
+    return out
 
 
 def pytest_addoption(parser):

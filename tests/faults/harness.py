@@ -20,12 +20,12 @@ from guided_diffusion_vae import checkpoint, logger, run_state
 
 TINY = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 --num_heads 2 --attention_resolutions 8"
 TRAIN = f"{TINY} --ema_rate 0.9 --lr 1e-3 --diffusion_steps 100 --log_interval 5 --class_cond True".split()
-SMALL = "--batch_size 2 --max_steps 12 --save_interval 3 --keep_checkpoints 2 --dropout 0.1 --resume_checkpoint auto"
+SMALL = "--batch_size 2 --max_steps 12 --save_interval 3 --keep_last 2 --dropout 0.1 --resume_checkpoint auto"
 CLASSIFIER = (
     "--image_size 32 --classifier_width 64 --classifier_depth 1 --classifier_attention_resolutions 4 --lr 1e-3 "
 )
 CLASSIFIER += "--classifier_channel_mult 1,1 --diffusion_steps 100 --log_interval 5 --batch_size 2 --iterations 12 "
-CLASSIFIER += "--save_interval 3 --keep_checkpoints 2 --resume_checkpoint auto"
+CLASSIFIER += "--save_interval 3 --keep_last 2 --resume_checkpoint auto"
 AUTOENCODER = (
     "--half False --ch 8 --ch_mult 1,2 --norm_groups 4 --image_size 16 --batch_size 2 --max_steps 12 --save_interval 3"
 )
@@ -46,6 +46,10 @@ class Verb(NamedTuple):
     def words(self, data, out):
         cache = ["--latent_cache", Path(out, "cache")] if self.reads == "--data_dir" and "train" in self.script else []
         return [*self.flags, self.reads, data, self.writes, out, *cache]
+
+    def source(self, data, trained):
+        """What it reads: images, or the average of a training."""
+        return trained / VERBS["training"].makes[1] if self.reads == "--model_path" else data
 
 
 VERBS = {
@@ -159,6 +163,11 @@ def here(name, *flags):
         module.main([str(flag) for flag in flags])
     finally:
         logger.reset()
+
+
+def train(data, out, *flags):
+    """The training of `VERBS` in this process."""
+    here("image_train_vae", *TRAIN, *SMALL.split(), "--data_dir", data, "--log_dir", out, *flags)
 
 
 def said(done, code, *words):

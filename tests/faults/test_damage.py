@@ -7,8 +7,6 @@ import pytest
 import torch as th
 from harness import (
     AUTOENCODER,
-    SMALL,
-    TRAIN,
     VERBS,
     assert_same_end,
     assert_tidy,
@@ -16,9 +14,10 @@ from harness import (
     here,
     run,
     said,
+    train,
+    undisturbed,
     write_checkpoint,
 )
-from helpers import draw_users
 
 from guided_diffusion_vae import checkpoint, run_state
 from guided_diffusion_vae.config import UserError
@@ -91,23 +90,6 @@ def test_flipped_alone(tmp_path, record_property):
 # ---- by script -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
-    """A training that nothing happened to."""
-    out = tmp_path_factory.mktemp("straight")
-    train(data, out)
-    return out
-
-
-def train(data, out, *flags):
-    here("image_train_vae", *TRAIN, *SMALL.split(), "--data_dir", data, "--log_dir", out, *flags)
-
-
 @pytest.mark.slow
 @pytest.mark.fault(
     "the newest checkpoint {how}, by script",
@@ -147,7 +129,7 @@ def test_damaged_autoencoder(how, data, tmp_path):
 
 
 @pytest.mark.fault(
-    "--keep_checkpoints {keep} with a damaged checkpoint of a higher step in the folder",
+    "--keep_last {keep} with a damaged checkpoint of a higher step in the folder",
     promise="the newest that were verified stay, whatever lies above them",
 )
 @pytest.mark.parametrize("keep", [1, 2])
@@ -160,3 +142,31 @@ def test_what_is_kept_is_whole(keep, tmp_path):
         run_state.prune(tmp_path, keep, number)
         assert run_state.newest_checkpoint(tmp_path)[0] == str(tmp_path / f"model{number:06d}.pt")
     assert len(list(tmp_path.glob("state*.pt"))) == keep + 1  # the damaged one until it is written anew
+
+
+@pytest.mark.fault(
+    "--keep_last 2 --keep_every 10 over 40 checkpoints", promise="the last two stay, and every tenth; the newest always"
+)
+def test_what_is_kept(tmp_path):
+    for number in range(40):
+        write_checkpoint(tmp_path, number)
+        run_state.prune(tmp_path, 2, number, every=10)
+        assert run_state.newest_checkpoint(tmp_path)[0] == str(tmp_path / f"model{number:06d}.pt")
+    assert sorted(path.name for path in tmp_path.glob("state*.pt")) == [
+        f"state{number:06d}.pt" for number in (10, 20, 30, 38, 39)
+    ]
+
+
+@pytest.mark.fault(
+    "a checkpoint that a newer program wrote, above one of ours",
+    promise="code 2 and one line: it is whole, so no earlier one takes its place, and nothing is changed",
+)
+def test_of_a_newer_program(data, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 10)
+    with monkeypatch.context() as later:
+        later.setattr(run_state, "FORMAT", run_state.FORMAT + 1)
+        write_checkpoint(tmp_path, 20)
+    with undisturbed(tmp_path), pytest.raises(run_state.NewerVersion, match="state000020.pt .*newer version.*update"):
+        run_state.newest_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="newer version"):
+        train(data, tmp_path)

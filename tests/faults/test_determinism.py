@@ -2,33 +2,16 @@
 
 import numpy as np
 import pytest
-from harness import AUTOENCODER, SMALL, TRAIN, VERBS, assert_same_end, here
-from helpers import draw_users
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    train(data, out)
-    return out
-
-
-def train(data, out, *flags):
-    here("image_train_vae", *TRAIN, *SMALL.split(), "--data_dir", data, "--log_dir", out, *flags)
+from harness import AUTOENCODER, VERBS, assert_same_end, here, train
 
 
 @pytest.mark.fault("training with the same seed, twice", promise="the same bits; with another seed others")
-def test_training(data, trained, tmp_path):
+def test_training(data, straight, tmp_path):
     train(data, tmp_path / "again")
-    assert_same_end(trained, tmp_path / "again", *VERBS["training"].makes)
+    assert_same_end(straight, tmp_path / "again", *VERBS["training"].makes)
     train(data, tmp_path / "other", "--seed", 1)
     with pytest.raises(AssertionError, match="model000012.pt"):
-        assert_same_end(trained, tmp_path / "other", "model000012.pt")
+        assert_same_end(straight, tmp_path / "other", "model000012.pt")
 
 
 @pytest.mark.fault("an autoencoder's training with the same seed, twice", promise="the same bits")
@@ -41,7 +24,7 @@ def test_autoencoder(data, tmp_path):
 @pytest.mark.fault(
     "images read by 0, 1 and 3 processes, and from cached latents", promise="training ends in the same bits"
 )
-def test_who_reads(data, trained, tmp_path):
+def test_who_reads(data, straight, tmp_path):
     for workers in (0, 3):
         train(data, tmp_path / str(workers), "--cache_latents", False, "--num_workers", workers, "--max_steps", 6)
     train(data, tmp_path / "cached", "--max_steps", 6)
@@ -57,14 +40,23 @@ def arrays(out):
 
 
 @pytest.mark.fault("sampling with the same seed, twice", promise="the same bits of every file")
-def test_sampling(trained, tmp_path):
+def test_sampling(straight, tmp_path):
     for out in ("a", "b"):
-        sample(trained, tmp_path / out, "--batch_size", 4)
+        sample(straight, tmp_path / out, "--batch_size", 4)
     assert_same_end(tmp_path / "a", tmp_path / "b", "samples_6x32x32x3.npz", "grid.png", "manifest.csv")
 
 
-def sample(trained, out, *flags):
-    model = ["--model_path", trained / "ema_0.9_000012.pt", "--num_steps", 10, "--num_samples", 6, "--users", "all"]
+def sample(straight, out, *flags):
+    model = [
+        "--model_path",
+        straight / VERBS["training"].makes[1],
+        "--num_steps",
+        10,
+        "--num_samples",
+        6,
+        "--users",
+        "all",
+    ]
     here("image_sample_vae", *model, "--log_dir", out, *flags)
 
 
@@ -72,9 +64,9 @@ def sample(trained, out, *flags):
     "sampling with --per_image_seed in batches of 1, 2, 4 and 6",
     promise="the same images, but for the last of 256 levels (sums in another order)",
 )
-def test_batches_of_samples(trained, tmp_path):
+def test_batches_of_samples(straight, tmp_path):
     for size in (1, 2, 4, 6):
-        sample(trained, tmp_path / str(size), "--batch_size", size, "--per_image_seed", True)
+        sample(straight, tmp_path / str(size), "--batch_size", size, "--per_image_seed", True)
     first, *rest = (arrays(tmp_path / str(size)) for size in (1, 2, 4, 6))
     for pixels, labels in rest:
         assert np.abs(pixels.astype(int) - first[0]).max() <= 1 and np.array_equal(labels, first[1])

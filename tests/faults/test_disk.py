@@ -15,33 +15,14 @@ from harness import (
     assert_same_end,
     assert_tidy,
     contents,
-    here,
     run,
     said,
+    train,
     undisturbed,
     write_checkpoint,
 )
-from helpers import draw_users
 
 from guided_diffusion_vae import logger, run_state
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
-    """A training that nothing happened to."""
-    out = tmp_path_factory.mktemp("straight")
-    train(data, out)
-    return out
-
-
-def train(data, out, *flags):
-    here("image_train_vae", *TRAIN, *SMALL.split(), "--data_dir", data, "--log_dir", out, *flags)
-
 
 # ---- full ------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +84,7 @@ LIMITS = {  # bytes a file: below the longest that the script writes
 @pytest.mark.parametrize("verb", LIMITS)
 def test_full_by_script(verb, data, straight, tmp_path):
     (limit, name), verb = LIMITS[verb], VERBS[verb]
-    source = straight / "ema_0.9_000012.pt" if verb.reads == "--model_path" else data
+    source = verb.source(data, straight)
     with undisturbed(data, straight):
         said(run(verb.script, *verb.words(source, tmp_path / "out"), limit=at_most(limit)), 3, "cannot write", name)
         assert_tidy(tmp_path / "out")
@@ -124,7 +105,7 @@ def test_a_small_disk(size, data, straight, tmp_path):
         pytest.skip("mounting needs root")
     try:
         flags = [*TRAIN, *SMALL.split(), "--data_dir", data, "--log_dir", tmp_path / "run"]
-        said(run("image_train_vae.py", *flags, "--keep_checkpoints", 0), 3, "000006.pt: the disk is full")
+        said(run("image_train_vae.py", *flags, "--keep_last", 0), 3, "000006.pt: the disk is full")
         assert run_state.newest_checkpoint(tmp_path / "run") == (str(tmp_path / "run" / "model000003.pt"), [])
         assert not list((tmp_path / "run").glob("*000006.pt"))
         os.system(f"mount -o remount,size=100M {tmp_path}")
@@ -162,7 +143,7 @@ def test_full_for_the_log(data, straight, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("verb", VERBS)
 def test_read_only(verb, data, straight, tmp_path):
     verb, locked = VERBS[verb], tmp_path / "locked"
-    source = straight / "ema_0.9_000012.pt" if verb.reads == "--model_path" else data
+    source = verb.source(data, straight)
     locked.mkdir()
     if os.system(f"mount -t tmpfs -o ro none {locked} 2>/dev/null"):
         pytest.skip("mounting needs root")
@@ -188,3 +169,18 @@ def test_deleted(verb, data, tmp_path):
         begin = time.monotonic()
         said(job.end(), 3, "cannot write", str(out))
     assert time.monotonic() - begin < 30
+
+
+@pytest.mark.fault(
+    "a disk with less room than the checkpoints to come need",
+    promise="a warning before the first step, with the numbers and what to give",
+)
+def test_too_little_room(data, straight, tmp_path, monkeypatch, capfd):
+    """Three checkpoints are to come; with --keep_last 1 two lie there at a time."""
+    size = sum((straight / name).stat().st_size for name in VERBS["training"].makes)
+    usage = shutil.disk_usage(tmp_path)
+    for room, keep, warns in ((2.5, 0, True), (3.5, 0, False), (2.5, 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(room * size)))  # noqa: B023
+        train(data, tmp_path / f"{room}_{keep}", "--max_steps", 8, "--save_interval", 4, "--keep_last", keep)
+        said_so = "GB left, which 3 checkpoints of about" in capfd.readouterr().out
+        assert said_so == warns, (room, keep)

@@ -10,26 +10,10 @@ from pathlib import Path
 
 import pytest
 from harness import VERBS, Job, assert_same_end, assert_tidy, here, run, undisturbed, write_checkpoint
-from helpers import draw_users
 
 from guided_diffusion_vae import checkpoint, run_state
 
 MOMENTS = int(os.environ.get("FAULT_MOMENTS", 10))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Two users with five images each; nothing may be written among them."""
-    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
-
-
-@pytest.fixture(scope="module")
-def model(data, tmp_path_factory):
-    """A trained network to sample from."""
-    verb, out = VERBS["training"], tmp_path_factory.mktemp("trained")
-    done = run(verb.script, *verb.words(data, out))
-    assert done.returncode == 0, done.stderr
-    return out / verb.makes[1]
 
 
 CASES = [(verb, ranks) for verb in VERBS for ranks in (1, 2) if (verb, ranks) != ("the pipeline", 2)]
@@ -42,20 +26,21 @@ CASES = [(verb, ranks) for verb in VERBS for ranks in (1, 2) if (verb, ranks) !=
     " 1e-6); no temporary file stays; nothing else is touched",
 )
 @pytest.mark.parametrize("verb, ranks", CASES)
-def test_killed_at_random_moments(verb, ranks, data, model, tmp_path, record_property):
+def test_killed_at_random_moments(verb, ranks, data, straight, tmp_path, record_property):
     verb, atol = VERBS[verb], 1e-6 if ranks > 1 else 0.0
-    source, straight, out = model if verb.reads == "--model_path" else data, tmp_path / "straight", tmp_path / "out"
+    source = verb.source(data, straight)
+    unhurt, out = tmp_path / "unhurt", tmp_path / "out"
     begin, draw = time.monotonic(), random.Random(ranks)
-    assert run(verb.script, *verb.words(source, straight), ranks=ranks).returncode == 0
+    assert run(verb.script, *verb.words(source, unhurt), ranks=ranks).returncode == 0
     seconds, killed = time.monotonic() - begin, 0
 
     def goes_to_its_end():
         done = run(verb.script, *verb.words(source, out), ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert_same_end(straight, out, *verb.makes, atol=atol)
+        assert_same_end(unhurt, out, *verb.makes, atol=atol)
         assert_tidy(out)
 
-    with undisturbed(data, model.parent):
+    with undisturbed(data, straight):
         while killed < MOMENTS:
             with Job(verb.script, *verb.words(source, out), ranks=ranks) as job:
                 time.sleep(draw.triangular(0, seconds, seconds))  # more often late: the start is the same for all

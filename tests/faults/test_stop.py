@@ -6,17 +6,12 @@ import sys
 import time
 
 import pytest
-from harness import VERBS, Job, assert_same_end, assert_tidy, run, said, undisturbed
-from helpers import ROOT, draw_users
+from harness import VERBS, Job, assert_same_end, assert_tidy, contents, run, said, undisturbed
+from helpers import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCHERS = {"python": (1, ()), "mpiexec": (2, ()), "torchrun": (2, TORCHRUN)}
 BOUND_S = 60  # of a job's end after a rank was lost, on a machine that many share
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_users(tmp_path_factory.mktemp("data"), ["user_00", "user_01"], 5)
 
 
 def start(verb, data, out, launcher, *flags, **options):
@@ -84,6 +79,28 @@ def test_out_of_time(data, tmp_path):
     for out in ("out", "straight"):
         assert run(verb.script, *verb.words(data, tmp_path / out)).returncode == 0
     assert_same_end(tmp_path / "out", tmp_path / "straight", *verb.makes)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    "{verb} started a second time in the same folder while the first is at work",
+    promise="code 2 and one line that names the first by process and machine; the first ends as if nothing had been",
+)
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "the pipeline"])
+def test_two_jobs_in_one_folder(verb, data, straight, tmp_path):
+    verb = VERBS[verb]
+    words = [verb.words(verb.source(data, straight), tmp_path / out) for out in ("out", "unhurt")]
+    with Job(verb.script, *words[0]) as first:
+        first.until((tmp_path / "out" / ".lock").exists)
+        first.signal(signal.SIGSTOP)
+        before = contents(tmp_path / "out")
+        said(run(verb.script, *words[0]), 2, f"is in use by process {first.process.pid} on", "choose another folder")
+        assert contents(tmp_path / "out") == before
+        first.signal(signal.SIGCONT)
+        assert first.end().returncode == 0
+    assert run(verb.script, *words[1]).returncode == 0
+    assert_same_end(tmp_path / "unhurt", tmp_path / "out", *verb.makes)
+    assert_tidy(tmp_path / "out")
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
