@@ -309,7 +309,24 @@ def scale_from_stats(path: Path | None, vae: VAEInterface, factor: float) -> Lat
 
 
 def open_autoencoder(vae_path: str, allow_download: bool = False) -> tuple[KLAutoencoder, LatentScale | None]:
-    """The autoencoder at a path or of a name, and the scale that is stored with it."""
+    """The autoencoder at a path or of a name, and the scale that is stored with it.
+
+    Raises:
+        UserError: there is none, it is damaged, or its scale is not for its channels.
+    """
+    model, scale = _open(vae_path, allow_download)
+    for part in (scale.scale, scale.shift) if scale else ():
+        if isinstance(part, tuple) and len(part) != model.config.embed_dim:
+            raise UserError(
+                f"--vae_path {vae_path} tells the scale of {len(part)} channels, but makes {model.config.embed_dim}:"
+                " its metadata were altered; copy it again"
+            )
+    if scale and 0 in (scale.scale if isinstance(scale.scale, tuple) else (scale.scale,)):
+        raise UserError(f"--vae_path {vae_path} tells a scale of 0: its metadata were altered; copy it again")
+    return model, scale
+
+
+def _open(vae_path: str, allow_download: bool) -> tuple[KLAutoencoder, LatentScale | None]:
     if vae_path in SHIPPED:
         with resources.as_file(resources.files(__package__) / "assets" / f"{vae_path}.safetensors") as path:
             return from_file(path)

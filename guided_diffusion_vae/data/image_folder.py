@@ -6,7 +6,9 @@ the sorted list of names; a class's number is its place in that list.
 
 import os
 import re
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".pgm")
 # what Pillow may try (its PPM reads PGM): a renamed file of another format is no reason to run its reader
 FORMATS = ("PNG", "JPEG", "GIF", "PPM")
 MAX_PIXELS = 64_000_000  # a spectrogram is below a megapixel; beyond this it is a decompression bomb
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
+ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)  # first, step
 NAMED = 5  # how many bad files an error names
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of what MAX_PIXELS refuses anyway
 
@@ -109,6 +113,8 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
+            if image.format == "PNG":
+                _refuse_missing_rows(path)
             return _eight_bit(image).convert("RGB")
     except UserError:
         raise
@@ -116,6 +122,29 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         raise UserError(f"{path} does not exist") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more for bad files
         raise UserError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _refuse_missing_rows(path) -> None:
+    """Raise a ValueError if a PNG's data end before its last row, which Pillow would show as black.
+
+    Source: the PNG specification, sections 8 (interlacing) and 11.2.
+    """
+    data = Path(path).read_bytes()
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits, need = depth * CHANNELS[colour], 0
+    for x, y, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((x - width) // across), -((y - height) // down)
+        need += max(rows, 0) * (1 + (columns * bits + 7) // 8) if columns > 0 else 0  # a row begins with its filter
+    inflate, have, place = zlib.decompressobj(), 0, 8
+    while place < len(data) and have < need:
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        part = data[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        while part and have < need:
+            have += len(inflate.decompress(part, 1 << 20))
+            part = inflate.unconsumed_tail
+        place += 12 + length
+    if have < need:
+        raise ValueError("its last rows are missing")
 
 
 def image_from_pixels(pixels: np.ndarray) -> np.ndarray:

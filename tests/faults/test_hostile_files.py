@@ -140,6 +140,9 @@ WEIGHTS = {
     "a configuration of brackets": ({}, {"config": "[" * 100_000}),
     "a scale that is NaN": ({}, {"scale_factor": "NaN"}),
     "a scale that is a word": ({}, {"scale_factor": '"x"'}),
+    "a scale of 0": ({}, {"scale_factor": "0.0"}),
+    "scales of three channels for its four": ({}, {"scale_factor": "[1.0, 2.0, 3.0]"}),
+    "a shift of no channels": ({}, {"shift": "[]"}),
 }
 
 
