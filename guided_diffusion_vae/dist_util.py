@@ -31,6 +31,7 @@ TIMEOUT = timedelta(minutes=30)
 EXIT_DONE, EXIT_USER, EXIT_ENVIRONMENT, EXIT_TRAINING, EXIT_PEER, EXIT_STOPPED = 0, 2, 3, 4, 5, 75
 
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
+READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does
 
 _store = None  # the rendezvous of this job; failing processes find each other through it
 _words = None  # the group that plain values travel by: always CPU, so that asking costs no GPU synchronisation
@@ -285,9 +286,15 @@ def exit_code(error: BaseException) -> int | None:
         return EXIT_TRAINING
     if "can't allocate memory" in str(error):  # PyTorch's allocator on a CPU, which raises RuntimeError
         return EXIT_TRAINING
+    if _is_reader_lost(error):
+        return EXIT_TRAINING
     if isinstance(error, dist.DistBackendError) or any(words in str(error) for words in PEER_LOST):
         return EXIT_PEER
     return None
+
+
+def _is_reader_lost(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in READER_LOST)
 
 
 def _report(error: BaseException) -> int:
@@ -296,6 +303,12 @@ def _report(error: BaseException) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     if code == EXIT_PEER:
         message = f"another process of this job has ended or hangs ({message})"
+    if _is_reader_lost(error):
+        why = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ").strip(" .")
+        message = (
+            f"a process that reads data was ended by the machine, which lacks memory or room in /dev/shm ({why}):"
+            " give a smaller --num_workers; 0 reads without such processes"
+        )
     if not _said_by_rank_0(message):
         if code is None or debug_wanted():
             traceback.print_exception(error)
