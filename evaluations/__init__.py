@@ -13,3 +13,5 @@ commands          evaluator, make_reference: the official tool's; validation: wh
 
 The package guided_diffusion_vae never imports this one.
 """
+
+import guided_diffusion_vae  # noqa: F401  (before PyTorch, which `--help` does without: see its quick_help)

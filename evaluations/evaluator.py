@@ -19,10 +19,10 @@ if not __package__:  # run as a file: its folder must not hide Python's own html
 import math
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch as th
 
 from evaluations import official
 from evaluations.batches import Batch, open_batch, warn
@@ -134,7 +134,7 @@ def main(argv=None):
         **{"REF": paths.ref_batch, "REF images": len(ref), "SAMPLE": paths.sample_batch, "SAMPLE images": len(sample)},
         **{"features": space.about, "fingerprint": space.fingerprint, "dimensions": x.shape[1]},
         **{"reference images compared": len(x), "seed": run.seed},
-        **{"torch": th.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        **{"torch": version("torch"), "numpy": np.__version__, "python": platform.python_version()},
     }
     if run.json:
         also = {"numbers": numbers, "more": more if space.class_weight is None else lines}  # Inception's: as ever

@@ -3,7 +3,7 @@
 A spectrogram x becomes a latent z through an autoencoder; a process mixes z with noise and asks a network to undo it;
 walking back and decoding gives new spectrograms.
 
-ground        config, logger, dist_util, checkpoint, folder_lock, run_state, run_record, stop_signals
+ground        config, logger, dist_util, checkpoint, folder_lock, run_state, run_record, stop_signals; quick_help
 maths         nn, losses, gaussian_diffusion, respace, resample; flow_matching; guidance (a model around a model)
 networks      unet, fp16_util, model_flags; dit
 autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with
@@ -17,6 +17,14 @@ loops         train_util with train_config, validation, posthoc_ema and sharding
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
               trained: a model again; guides: a weaker network, a classifier; noised_classifier
               pipeline, stages: the scripts one after the other
+              cli: the command gdvae, each script under a short name; doctor: what is broken on this machine
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
 """
+
+import sys
+
+from .quick_help import install, is_help
+
+if is_help(sys.argv):
+    install()

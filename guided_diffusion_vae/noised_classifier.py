@@ -203,6 +203,12 @@ def _settings(run, section):
     return {field.name: getattr(run, field.name) for field in fields(section)}
 
 
+def refuse_impossible(config: LatentClassifierConfig, vae) -> None:
+    """Raise the errors of `create_latent_classifier`, without the memory of a network."""
+    with th.device("meta"):
+        create_latent_classifier(config, vae, num_classes=2)
+
+
 def create_latent_classifier(config: LatentClassifierConfig, vae, *, num_classes: int) -> th.nn.Module:
     """An `EncoderUNetModel` for the latents of `vae`.
 

@@ -195,6 +195,11 @@ def lack_of_room(folder: Path, size: int, count: int) -> str:
     return f"--log_dir {folder} has {free / 1e9:.3g} GB left, which {several} not fit: {remedy}"
 
 
+def seed_weights(seed: int) -> None:
+    """From here on weights are drawn from this seed."""
+    th.manual_seed(seed)
+
+
 def get_random_state() -> dict:
     """The global generators' states, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()

@@ -14,8 +14,6 @@ mirrored, unlike upstream's training images. Writes model*.pt, opt*.pt, log.txt,
 import os
 from dataclasses import asdict
 
-import torch as th
-
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.flow_matching import FlowConfig
@@ -28,9 +26,10 @@ from guided_diffusion_vae.noised_classifier import (
     LatentClassifierConfig,
     create_classifier_process,
     create_latent_classifier,
+    refuse_impossible,
 )
 from guided_diffusion_vae.resample import create_named_schedule_sampler
-from guided_diffusion_vae.run_state import refuse_used_folder
+from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.script_util import DiffusionConfig, LaterDiffusionConfig
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae, stats_file
@@ -52,8 +51,7 @@ def main(argv=None):
     process = create_classifier_process(run, vae)
     guided = load_guided(run.model_path, run, vae) if run.model_path else None
     sampler = create_named_schedule_sampler(run.schedule_sampler, process)
-    with th.device("meta"):
-        create_latent_classifier(config, vae, num_classes=2)  # a flag that cannot be is said before any image is read
+    refuse_impossible(config, vae)  # before any image is read
     if run.dry_run:
         return
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
@@ -76,7 +74,7 @@ def main(argv=None):
             )
 
     logger.log("creating model and diffusion...")
-    th.manual_seed(run.seed)
+    seed_weights(run.seed)
     model = create_latent_classifier(config, vae, num_classes=len(data.class_names))
     losses = ClassifierLosses(process, noised=run.noised, time_shift=run.time_shift, guided=guided)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -11,8 +11,6 @@ progress.csv), run.yaml and sample grids into --log_dir. `--resume_checkpoint au
 import os
 from dataclasses import asdict, dataclass
 
-import torch as th
-
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.assembly import (
     NETWORK_SECTIONS,
@@ -27,7 +25,7 @@ from guided_diffusion_vae.assembly import (
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.resample import create_named_schedule_sampler
-from guided_diffusion_vae.run_state import refuse_used_folder
+from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.sample_util import Preview
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae, stats_file
@@ -71,7 +69,7 @@ def main(argv=None):
     heldout = load_heldout(**about) if run.val_dir else None
 
     logger.log("creating model and diffusion...")
-    th.manual_seed(run.seed)
+    seed_weights(run.seed)
     model, process = create_network(run, vae, num_classes=len(data.class_names)), create_process(run, vae)
     logger.log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     about = {"folder": logger.get_dir(), "conditional": run.class_cond, "seed": run.seed}

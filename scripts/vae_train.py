@@ -7,13 +7,12 @@ Also started by mpiexec, torchrun, srun. Writes last.pt, epoch_XXXX.pt, recon_gr
 for a KL autoencoder NAME.safetensors, which every --vae_path takes. The same command goes on where it was interrupted.
 """
 
-import torch as th
-
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoders.ldm_config import is_ldm, settings_from_ldm
 from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
+from guided_diffusion_vae.run_state import seed_weights
 from guided_diffusion_vae.vae_tasks import VAEModelConfig, create_task, default_folder
 from guided_diffusion_vae.vae_train_util import VAETrainConfig, VAETrainer
 
@@ -31,7 +30,7 @@ def main(argv=None):
     folder = run.out_dir or default_folder(data, model)
     dist_util.setup_dist()
     logger.configure(dir=folder)
-    th.manual_seed(run.seed)
+    seed_weights(run.seed)
     task = create_task(
         model,
         run.section(ObjectiveConfig),

@@ -79,7 +79,6 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
     if not config.out_dir:
         raise UserError("--out_dir is empty; give a folder for the latents")
     vae.latent_shape(config.image_size)  # complains in one line about a size that the autoencoder cannot halve
-    dist_util.rank0_first(lambda: hold(config.out_dir, "--out_dir"))
     try:
         _extract_part("train", config.data_dir, config, vae, say)
         if config.val_dir:
@@ -109,6 +108,7 @@ def _extract_part(name: str, data_dir, config: ExtractConfig, vae, say) -> None:
     part = Part(np.array(folder.labels), [json.dumps(file) for file in files], about)
     images = ImageDataset(config.image_size, folder.paths, random_flip=False)
     begin = time.monotonic()
+    dist_util.rank0_first(lambda: hold(config.out_dir, "--out_dir"))  # only now: a slip leaves no folder behind
     written, done = write_part(
         Path(config.out_dir), name, part, config, lambda rows, bar: encode_rows(images, rows, vae, config, bar), say
     )

@@ -1,4 +1,4 @@
-"""The machine is not as one thinks: launchers that do not fit, few open files, little shared memory, readers that end."""
+"""The machine is not as one thinks: launchers that do not fit, few open files, little shared memory, lost readers."""
 
 import os
 import re
