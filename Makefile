@@ -2,9 +2,11 @@
 # make test   the whole test suite
 # make faults every fault, the slow ones as well, and the table of docs/reliability.md; FAULT_MOMENTS=100 kills so often
 #             of each kind (10), FAULT_SOAK_MINUTES=60 soaks so long (2)
+# make bench  every benchmark and the tables of docs/performance.md, about 25 minutes on two idle cores; the rival is
+#             `pip install --no-deps guided-diffusion-sdk`, left out if absent; BENCH="--model_path FILE" adds whole jobs
 # Without make: sh setup.sh, then the command of the rule with .venv/bin in front of the PATH.
 
-.PHONY: setup demo test faults lint clean
+.PHONY: setup demo test faults bench lint clean
 
 setup:
 	@sh setup.sh
@@ -18,6 +20,10 @@ test: setup
 faults: setup
 	@PATH="$$(cat .env_bin):$$PATH" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= python -m pytest -q -n 2 --dist worksteal \
 		tests/faults --all_faults --reliability docs/reliability.md
+
+bench: setup
+	@PATH="$$(cat .env_bin):$$PATH" python benchmarks/run.py $(BENCH)
+	@PATH="$$(cat .env_bin):$$PATH" python benchmarks/tables.py
 
 lint: setup
 	@PATH="$$(cat .env_bin):$$PATH" ruff check

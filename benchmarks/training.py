@@ -1,0 +1,47 @@
+"""Training steps a second: our loop against the official one and against the usual loop around diffusers' networks.
+
+Same weights, batch, draws and precision (float32). `deviation` says how far our losses and gradients are from the
+official code's, as a share of the largest of them; diffusers' networks are others, of equal size.
+"""
+
+import cases
+import contenders
+from contenders import DiffusersTraining, OfficialTraining, OurTraining, deviation
+from timing import Settings, Way, compare
+
+LAYOUTS = {"ours": {}, "ours, channels_last": {"channels_last": True}}
+
+
+def measure(settings: Settings) -> dict:
+    """Entries `pairs` and `notes` of the results."""
+    contenders.start()
+    notes, pairs = contenders.lacking(), []
+    for case in cases.unets(settings.tiny):
+        pairs += against_official(case, settings) if contenders.official("unet") else []
+    if contenders.diffusers():
+        case = cases.unets(settings.tiny)[0]
+        pairs.append(against_diffusers(case, contenders.diffusers_unet(case), "UNet2DModel", settings))
+        case = cases.transformer(settings.tiny)
+        pairs.append(against_diffusers(case, cases.diffusers_twin(case), "DiTTransformer2DModel", settings))
+    return {"pairs": pairs, "notes": notes}
+
+
+def against_official(case, settings: Settings) -> list[dict]:
+    """Our loop in both layouts against the official one."""
+    rival, pairs = OfficialTraining(case), []
+    reference = OfficialTraining(case).gradient()
+    for label, flags in LAYOUTS.items():
+        found = OurTraining(case, **flags).gradient()
+        off = {name: deviation(a, b) for name, a, b in zip(("loss", "gradient"), found, reference, strict=True)}
+        sides = Way(label, OurTraining(case, **flags).step), Way("official", rival.step)
+        pairs.append(compare(case.name, *sides, "steps/s", settings, deviation=off, **case.about()))
+    return pairs
+
+
+def against_diffusers(case, model, name: str, settings: Settings) -> dict:
+    """Our loop, in the faster layout for a U-Net, against a network of diffusers."""
+    flags = LAYOUTS["ours, channels_last"] if case.run.network == "unet" else {}
+    ours = OurTraining(case, **flags)
+    about = case.about() | contenders.sizes(ours.loop.model, model)
+    sides = Way("ours, channels_last" if flags else "ours", ours.step), Way(name, DiffusersTraining(case, model).step)
+    return compare(case.name, *sides, "steps/s", settings, **about)
