@@ -5,8 +5,12 @@ setup(
     version="0.1.0",
     description="guided-diffusion on VAE latents, for micro-Doppler spectrograms of walking people",
     license="MIT",
-    packages=find_packages(include=["guided_diffusion_vae*", "evaluations*"]),
-    package_data={"guided_diffusion_vae": ["assets/*"]},
+    # scripts/ and configs/ stay where they are; in a wheel they lie within the package, where `gdvae` finds them.
+    packages=find_packages(include=["guided_diffusion_vae*", "evaluations*"])
+    + ["guided_diffusion_vae.scripts", "guided_diffusion_vae.configs"],
+    package_dir={"guided_diffusion_vae.scripts": "scripts", "guided_diffusion_vae.configs": "configs"},
+    package_data={"guided_diffusion_vae": ["assets/*"], "guided_diffusion_vae.configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["gdvae=guided_diffusion_vae.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

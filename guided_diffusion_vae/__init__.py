@@ -10,6 +10,7 @@ autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layo
               .perceptual, .adversarial, .foundation (their losses), .ldm_config (upstream's YAML)
               vae_wrapper: pixels <-> latents, the owner of the scale; latent_transport: towards generated latents
 data          data.microdoppler, data.gait, data.spectrogram, data.image_folder, data.plain_datasets, data.vae_data,
+              data.radar_files, .radar_sessions, .radar_import: recordings of one's own radar
               data.stream (order and noise of a step), data.latent_cache, data.latent_shards and .latent_extract,
               image_datasets
 loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
@@ -17,7 +18,7 @@ loops         train_util with train_config, validation, posthoc_ema and sharding
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
               trained: a model again; guides: a weaker network, a classifier; noised_classifier
               pipeline, stages: the scripts one after the other
-              cli: the command gdvae, each script under a short name; doctor: what is broken on this machine
+              cli: the command gdvae, each script under a short name; doctor, on machine_facts: what is broken here
 
 Arrows point down only: a room may import from its own floor or a lower one (tests/test_architecture.py).
 """

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import checkpoint
+from .cli import shipped
 from .config import UserError
 from .dist_util import EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_TRAINING, EXIT_USER
 from .folder_lock import holding
 from .stop_signals import ECHO_S
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = shipped("scripts")
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # requests to stop; a script gets SIGTERM
 
 

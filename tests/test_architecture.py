@@ -10,7 +10,7 @@ PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {
         *("config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals", "folder_lock"),
-        "quick_help",
+        *("quick_help", "machine_facts"),
     },
     {
         *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
@@ -26,6 +26,7 @@ FLOORS = [
         *("data.spectrogram", "data.gait", "data.microdoppler", "data.image_folder", "image_datasets"),
         *("data.plain_datasets", "data.vae_data", "data.stream"),
         *("data.latent_cache", "data.latent_shards", "data.latent_extract"),
+        *("data.radar_files", "data.radar_sessions", "data.radar_import"),
     },
     {
         *("train_util", "train_config", "sharding", "validation", "sample_util", "likelihood", "estimate"),
