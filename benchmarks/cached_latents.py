@@ -6,8 +6,10 @@ pixels a side as is its default, which spares it the attention over thousands of
 """
 
 import contenders
-from contenders import Case, OfficialTraining, OurTraining, scratch, unet
+import rivals
+from contenders import Case, OurTraining, scratch, unet
 from pictures import draw_images
+from rivals import OfficialTraining
 from timing import Settings, Way, compare
 
 from guided_diffusion_vae.image_datasets import load_data_with_vae
@@ -16,10 +18,10 @@ from guided_diffusion_vae.image_datasets import load_data_with_vae
 def measure(settings: Settings) -> dict:
     """Entries `pairs` and `notes` of the results."""
     contenders.start()
-    notes, pairs = contenders.lacking(), []
+    notes, pairs = rivals.lacking(), []
     sizes = [(32, 2)] if settings.tiny else [(64, 8), (128, 4)]
     with scratch() as folder:
-        for size, batch in sizes if contenders.official("unet") else []:
+        for size, batch in sizes if rivals.official("unet") else []:
             data = draw_images(folder / f"{size}px", 8 if settings.tiny else 64, size=size)
             pairs.append(against_pixels(data, size, batch, settings))
     return {"pairs": pairs, "notes": notes}
@@ -33,7 +35,7 @@ def against_pixels(data, size: int, batch: int, settings: Settings) -> dict:
     ours, rival = OurTraining(latents, channels_last=True), OfficialTraining(pixels)
     about = {"data_dir": data, "batch_size": batch, "image_size": size}
     cached = load_data_with_vae(**about, vae=latents.vae, say=lambda line: None)
-    files = contenders.official("image_datasets").load_data(**about)
+    files = rivals.official("image_datasets").load_data(**about)
 
     def our_step():
         ours.batch = next(cached)

@@ -1,6 +1,6 @@
 """The networks that are trained and sampled in the benchmarks: what one would take on two CPU cores."""
 
-import contenders
+import rivals
 from contenders import Case, unet
 
 from guided_diffusion_vae.dit import SIZES
@@ -31,7 +31,7 @@ def transformer(tiny: bool) -> Case:
 def diffusers_twin(case: Case):
     """Diffusers' transformer of the same width, depth and patches as the case's."""
     size = SIZES[case.run.model_type]
-    return contenders.diffusers_dit(
+    return rivals.diffusers_dit(
         size=case.shape[-1],
         channels=case.shape[1],
         patch=size["patch_size"],

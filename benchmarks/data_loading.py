@@ -9,6 +9,7 @@ import itertools
 import time
 
 import contenders
+import rivals
 from contenders import Case, OurTraining, scratch, unet
 from pictures import draw_images
 from timing import Settings, Way, compare, row, seconds, single
@@ -25,7 +26,7 @@ LOOKED_AT = 5  # steps of which the wait is measured, after one that fills the w
 def measure(settings: Settings) -> dict:
     """Entries `pairs`, `rows` and `notes` of the results."""
     contenders.start()
-    notes, images, batch = contenders.lacking(), 16 if settings.tiny else 256, 4 if settings.tiny else 32
+    notes, images, batch = rivals.lacking(), 16 if settings.tiny else 256, 4 if settings.tiny else 32
     width = {"channels": 32, "mult": "1,2", "blocks": 1} if settings.tiny else {}
     case = Case("latents", batch, unet(image_size=SIZE, **width))
     with scratch() as folder:
@@ -85,9 +86,9 @@ def waiting(stream, training: OurTraining, steps: int) -> float:
 
 def against_official(pictures, batch: int, settings: Settings) -> list[dict]:
     """Pictures as pixels, by one worker each."""
-    if not contenders.official("unet"):
+    if not rivals.official("unet"):
         return []
     about = {"data_dir": str(pictures), "batch_size": batch, "image_size": SIZE, "class_cond": False}
-    streams = load_data(**about, seed=0), contenders.official("image_datasets").load_data(**about)
+    streams = load_data(**about, seed=0), rivals.official("image_datasets").load_data(**about)
     sides = (Way(name, stream.__next__, batch) for name, stream in zip(("ours", "official"), streams, strict=True))
     return [compare(f"pixels into training at {SIZE} px", *sides, "images/s", settings, batch=batch)]

@@ -21,8 +21,10 @@ from pathlib import Path
 import cases
 import contenders
 import machine
+import rivals
 import torch as th
-from contenders import Case, DiffusersTraining, OfficialTraining, OurTraining, deviation, our_sampler, scratch, unet
+from contenders import Case, OurTraining, deviation, our_sampler, scratch, unet
+from rivals import DiffusersTraining, OfficialTraining
 from timing import Settings, Way, compare
 
 from guided_diffusion_vae import dist_util
@@ -47,7 +49,7 @@ def main(argv=None):
     begin = time.monotonic()
     contenders.start()
     results = {"benchmark": "gpu", "machine": machine.describe(), "settings": vars(settings), "rows": []}
-    results |= {"pairs": [], "notes": contenders.lacking()}
+    results |= {"pairs": [], "notes": rivals.lacking()}
     half = th.float16 if th.cuda.is_available() else th.float32
     rate = matmul_rate(dist_util.dev(), half)
     for name, measured in jobs(settings):
@@ -87,8 +89,8 @@ def networks(tiny: bool) -> tuple[Case, Case]:
 def jobs(settings: Settings):
     """(name, function of the card's rate that measures a pair), the ones that matter most first."""
     wide, transformer = networks(settings.tiny)
-    rivals = [(wide, "official")] * (contenders.official("unet") is not None)
-    rivals += [(transformer, "diffusers")] * (contenders.diffusers() is not None)
+    rivals = [(wide, "official")] * (rivals.official("unet") is not None)
+    rivals += [(transformer, "diffusers")] * (rivals.diffusers() is not None)
     for extra in variants():
         for case, rival in rivals:
             for half, flags in HALVES.items():
@@ -160,8 +162,8 @@ def rival_training(case: Case, rival: str):
 
 def rival_sampler(case: Case, rival: str):
     if rival == "official":
-        return contenders.official_sampler(case, STEPS, use_fp16=True)
-    return contenders.diffusers_sampler(case, cases.diffusers_twin(case).half(), STEPS)
+        return rivals.official_sampler(case, STEPS, use_fp16=True)
+    return rivals.diffusers_sampler(case, cases.diffusers_twin(case).half(), STEPS)
 
 
 def with_memory(make, *, call: bool = False):

@@ -10,6 +10,7 @@ import re
 from types import SimpleNamespace
 
 import contenders
+import rivals
 from timing import Settings, Way, compare, line_of, spread
 
 BATCH = 62  # images at a time in a process, at most: two of each user
@@ -21,8 +22,8 @@ def measure(settings: Settings) -> dict:
     """Entries `pairs` and `notes` of the results."""
     if not settings.model_path:
         return {"notes": [say("no --model_path: no sampling job")]}
-    notes = contenders.lacking()
-    if not contenders.official("unet"):
+    notes = rivals.lacking()
+    if not rivals.official("unet"):
         return {"notes": notes}
     from bench_sampling import sample  # only now: it needs the evaluator's packages
 

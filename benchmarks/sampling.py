@@ -6,7 +6,9 @@ our samples are from the official code's for the same noise, as a share of the l
 
 import cases
 import contenders
-from contenders import deviation, diffusers_sampler, our_sampler
+import rivals
+from contenders import deviation, our_sampler
+from rivals import diffusers_sampler
 from timing import Settings, Way, compare
 
 STEPS = 5  # of a walk
@@ -16,13 +18,13 @@ SCHEDULERS = {"p_sample": "DDPMScheduler", "ddim": "DDIMScheduler"}  # our name 
 def measure(settings: Settings) -> dict:
     """Entries `pairs` and `notes` of the results."""
     contenders.start()
-    notes, pairs = contenders.lacking(), []
+    notes, pairs = rivals.lacking(), []
     with contenders.scratch() as folder:
-        for case in cases.unets(settings.tiny) if contenders.official("unet") else []:
+        for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
             pairs.append(against_official(case, folder, settings))
-        if contenders.diffusers():
+        if rivals.diffusers():
             case = cases.unets(settings.tiny)[0]
-            model = contenders.diffusers_unet(case)
+            model = rivals.diffusers_unet(case)
             pairs += [against_diffusers(case, model, name, folder, settings) for name in SCHEDULERS]
             case = cases.transformer(settings.tiny)
             pairs.append(against_diffusers(case, cases.diffusers_twin(case), "p_sample", folder, settings))
@@ -31,7 +33,7 @@ def measure(settings: Settings) -> dict:
 
 def against_official(case, folder, settings: Settings) -> dict:
     """p_sample against p_sample."""
-    ours, rival = our_sampler(case, STEPS, folder), contenders.official_sampler(case, STEPS)
+    ours, rival = our_sampler(case, STEPS, folder), rivals.official_sampler(case, STEPS)
     off = {"samples": deviation(ours(), rival())}
     sides = Way("ours", ours, STEPS), Way("official", rival, STEPS)
     return compare(f"{case.name}, p_sample", *sides, "steps/s", settings, deviation=off, **case.about())

@@ -6,7 +6,9 @@ official code's, as a share of the largest of them; diffusers' networks are othe
 
 import cases
 import contenders
-from contenders import DiffusersTraining, OfficialTraining, OurTraining, deviation
+import rivals
+from contenders import OurTraining, deviation
+from rivals import DiffusersTraining, OfficialTraining
 from timing import Settings, Way, compare
 
 LAYOUTS = {"ours": {}, "ours, channels_last": {"channels_last": True}}
@@ -15,12 +17,12 @@ LAYOUTS = {"ours": {}, "ours, channels_last": {"channels_last": True}}
 def measure(settings: Settings) -> dict:
     """Entries `pairs` and `notes` of the results."""
     contenders.start()
-    notes, pairs = contenders.lacking(), []
+    notes, pairs = rivals.lacking(), []
     for case in cases.unets(settings.tiny):
-        pairs += against_official(case, settings) if contenders.official("unet") else []
-    if contenders.diffusers():
+        pairs += against_official(case, settings) if rivals.official("unet") else []
+    if rivals.diffusers():
         case = cases.unets(settings.tiny)[0]
-        pairs.append(against_diffusers(case, contenders.diffusers_unet(case), "UNet2DModel", settings))
+        pairs.append(against_diffusers(case, rivals.diffusers_unet(case), "UNet2DModel", settings))
         case = cases.transformer(settings.tiny)
         pairs.append(against_diffusers(case, cases.diffusers_twin(case), "DiTTransformer2DModel", settings))
     return {"pairs": pairs, "notes": notes}

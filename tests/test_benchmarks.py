@@ -15,14 +15,15 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # they import each other as scripts do
 
 import contenders  # noqa: E402
+import rivals  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
 from timing import Settings, Way, alternate, compare, in_unit, spread  # noqa: E402
 
 QUICK = "training", "sampling", "cached_latents", "evaluation", "ceiling"
 SLOW = "data_loading", "startup", "scaling"
-needs_official = pytest.mark.skipif(contenders.official("unet") is None, reason="guided-diffusion-sdk is not installed")
-needs_diffusers = pytest.mark.skipif(contenders.diffusers() is None, reason="diffusers is not installed")
+needs_official = pytest.mark.skipif(rivals.official("unet") is None, reason="guided-diffusion-sdk is not installed")
+needs_diffusers = pytest.mark.skipif(rivals.diffusers() is None, reason="diffusers is not installed")
 
 
 class Clock:
@@ -141,12 +142,12 @@ def test_a_benchmark_runs(measured, name):
     """What ours and the official code make of the same weights, images and draws is the same."""
     results = measured(name)
     if results is None:  # all of it needs a rival that is not installed
-        assert contenders.official("unet") is None and name in ("training", "sampling", "cached_latents")
+        assert rivals.official("unet") is None and name in ("training", "sampling", "cached_latents")
         return
     check(results)
     same = [pair["deviation"] for pair in results["pairs"] if "deviation" in pair and name in ("training", "sampling")]
     assert all(value < 1e-4 for deviations in same for value in deviations.values())
-    assert same or name not in ("training", "sampling") or contenders.official("unet") is None
+    assert same or name not in ("training", "sampling") or rivals.official("unet") is None
 
 
 @needs_diffusers
@@ -155,7 +156,7 @@ def test_diffusers_networks_are_of_equal_size():
     unet, transformer = cases.unets(False)[0], cases.transformer(False)
     ours = [contenders.parameters(contenders.our_network(case)) for case in (unet, transformer)]
     theirs = [
-        contenders.parameters(model) for model in (contenders.diffusers_unet(unet), cases.diffusers_twin(transformer))
+        contenders.parameters(model) for model in (rivals.diffusers_unet(unet), cases.diffusers_twin(transformer))
     ]
     assert theirs[0] == pytest.approx(ours[0], rel=0.02)
     assert theirs[1] == pytest.approx(ours[1], rel=0.12)  # it embeds the time in each of its six blocks anew
@@ -170,7 +171,7 @@ def test_the_formula_of_precision_and_recall_on_points_of_a_line():
 
 
 def test_absent_rivals_are_said_and_left_out(measured, monkeypatch, capsys):
-    monkeypatch.setattr(contenders, "_imported", lambda name: None)
+    monkeypatch.setattr(rivals, "_imported", lambda name: None)
     assert measured("training") is None
     said = capsys.readouterr().out
     assert "guided-diffusion-sdk (the official code) is not installed: left out" in said
