@@ -30,6 +30,7 @@ setup(
         "vf": ["transformers>=5"],
         "ode": ["torchdiffeq"],
         "plots": ["matplotlib"],
+        "docs": ["mkdocs-material", "mkdocstrings-python"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "transformers>=5", "torchdiffeq"],
     },
 )

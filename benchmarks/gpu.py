@@ -89,10 +89,10 @@ def networks(tiny: bool) -> tuple[Case, Case]:
 def jobs(settings: Settings):
     """(name, function of the card's rate that measures a pair), the ones that matter most first."""
     wide, transformer = networks(settings.tiny)
-    rivals = [(wide, "official")] * (rivals.official("unet") is not None)
-    rivals += [(transformer, "diffusers")] * (rivals.diffusers() is not None)
+    there = [(wide, "official")] * (rivals.official("unet") is not None)
+    there += [(transformer, "diffusers")] * (rivals.diffusers() is not None)
     for extra in variants():
-        for case, rival in rivals:
+        for case, rival in there:
             for half, flags in HALVES.items():
                 ways = flags | extra | ({"channels_last": True} if case is wide else {})
                 name = " ".join([f"{case.name}, training, {half}", *extra])

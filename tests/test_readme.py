@@ -38,17 +38,21 @@ def commands(text):
         yield 2 if found[1] else 1, found[2], shlex.split(found[3])
 
 
-def test_the_readme_from_people_to_report(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def walk(document, tmp_path):
+    """Run a document's commands in a small world; the names of their scripts."""
     done = []
-    for ranks, name, flags in commands(text):
+    for ranks, name, flags in commands((ROOT / document).read_text()):
         flags = [flag.replace("DATA", f"{tmp_path}/data").replace("runs/", f"{tmp_path}/runs/") for flag in flags]
         flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_24x", flag)) for flag in flags]
         if name == "check_vae.py":
             flags += ["--report_dir", f"{tmp_path}/runs/check_vae"]
         script(name, *flags, *SMALLER[name].split(), ranks=ranks)
         done.append(name)
-    assert set(done) == set(SMALLER)
+    return set(done)
+
+
+def test_the_readme_from_people_to_report(tmp_path):
+    assert walk("README.md", tmp_path) == set(SMALLER)
     for promised in (
         "data/manifest.csv",
         "data/train/.latents",
@@ -75,6 +79,40 @@ def test_the_readme_from_people_to_report(tmp_path):
     ):
         assert (tmp_path / promised).exists(), promised
     assert not (tmp_path / "runs/mine/samples/png/user_00").exists()
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path):
+    assert walk("docs/tutorial.md", tmp_path) >= {"simulate_microdoppler.py", "image_train_vae.py", "run_pipeline.py"}
+    for promised in ("data/train/user_00", "runs/one/samples/report/comparison.png", "runs/dit/train/samples/grid.png"):
+        assert (tmp_path / promised).exists(), promised
+
+
+FOREIGN = {"--ours", "--help"}
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def flags_of():
+    """The flags that each script's --help shows."""
+    return {name: set(re.findall(r"--\w+", script(name, "--help").stdout)) for name in SMALLER}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_flags_in_documents_exist(document, flags_of):
+    """Behind a script's name they are its own; alone, as `--flag`, those of any."""
+    text = document.read_text()
+    for name, flags in re.findall(r"(?:scripts|evaluations)/(\w+\.py)((?: [^`\n]+| \\\n)*)", text):
+        unknown = set(re.findall(r"(--\w+)", flags)) - flags_of.get(name, set())
+        assert not unknown or name not in flags_of, (name, unknown)
+    alone = {flag for code in re.findall(r"`(--[^`]+)`", text) for flag in re.findall(r"--\w+", code)}
+    assert alone <= set.union(*flags_of.values(), FOREIGN), alone - set.union(*flags_of.values(), FOREIGN)
 
 
 def test_every_script_is_in_the_readme():

@@ -35,23 +35,25 @@ class ImageFolder(NamedTuple):
     class_names: list[str]
 
 
-def list_images(data_dir: str | os.PathLike) -> ImageFolder:
+def list_images(data_dir: str | os.PathLike, extensions=EXTENSIONS, what="images") -> ImageFolder:
     """Find all images below a folder, in sorted order, with their classes.
 
     A class is a subfolder if all images lie in subfolders and there are at least two; else it is the file name up to
     the first `_`, as upstream has it.
 
+    Args:
+        extensions, what: of the files that count, and what the user calls them.
     Raises:
         UserError: no folder, or no images in it; a class whose name is no text.
     """
     if not data_dir:
-        raise UserError("--data_dir is empty; give a folder of PNG or JPEG images, one subfolder a user")
+        raise UserError(f"--data_dir is empty; give a folder of {what} ({', '.join(extensions)}), one subfolder a user")
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data_dir {root} {'is a file' if root.is_file() else 'does not exist'}; give a folder")
-    paths = list_files(root)
+    paths = list_files(root, extensions)
     if not paths:
-        raise UserError(f"--data_dir {root} holds no images ({', '.join(EXTENSIONS)})")
+        raise UserError(f"--data_dir {root} holds no {what} ({', '.join(extensions)})")
     names = class_of_each(root, paths)
     class_names = sorted(set(names))
     odd = [name for name in class_names if not name.isascii() and name.encode(errors="replace").decode() != name]
@@ -63,8 +65,9 @@ def list_images(data_dir: str | os.PathLike) -> ImageFolder:
     return ImageFolder([str(path) for path in paths], [number[name] for name in names], class_names)
 
 
-def list_files(root: Path) -> list[Path]:
-    """All image files below a folder, sorted folder by folder; hidden folders and symbolic-link loops are left out."""
+def list_files(root: Path, extensions=EXTENSIONS) -> list[Path]:
+    """All image files (or files of other extensions, in lower case) below a folder, sorted folder by folder; hidden
+    folders and symbolic-link loops are left out."""
     found, seen, stack = [], set(), [root]
     while stack:
         folder = stack.pop()
@@ -81,7 +84,7 @@ def list_files(root: Path) -> list[Path]:
                 continue
             if entry.is_dir():
                 stack.append(entry)
-            elif entry.suffix.lower() in EXTENSIONS:
+            elif entry.suffix.lower() in extensions:
                 found.append(entry)
     return sorted(found)
 
@@ -163,11 +166,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(np.clip(values / full_scale, 0, 1) * 255).astype(np.uint8))
 
 
-def refuse(bad: list[str], total: int) -> None:
-    """Raise one line for files that cannot be read: how many, the first few, and what to do."""
+def refuse(bad: list[str], total: int, what="images", flag="--skip_bad_images") -> None:
+    """Raise one line for files that cannot be read: how many, the first few, and what to do.
+
+    Args:
+        bad: why, for each; what, flag: what such files are called, and the flag that leaves them out.
+    """
     if bad:
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise UserError(
-            f"{len(bad)} of {total} images cannot be used: {'; '.join(bad[:NAMED])}{more}."
-            " Mend or remove them, or give --skip_bad_images True"
+            f"{len(bad)} of {total} {what} cannot be used: {'; '.join(bad[:NAMED])}{more}."
+            f" Mend or remove them, or give {flag} True"
         )
