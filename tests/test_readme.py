@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, script
+from helpers import ROOT, record_walks, script
 
 from guided_diffusion_vae.config import read_yaml
 
@@ -22,6 +22,7 @@ SMALLER = {
     "classifier_train_vae.py": "--iterations 2 --batch_size 2 --eval_interval 1",
     "posthoc_ema.py": "",
     "image_nll_vae.py": "--num_samples 2 --batch_size 2 --timestep_respacing 4",
+    "import_radar.py": "",
     "check_vae.py": "",
     "vae_train.py": "--max_steps 2 --batch_size 1",
     "vae_test.py": "",
@@ -42,8 +43,11 @@ def walk(document, tmp_path):
     """Run a document's commands in a small world; the names of their scripts."""
     done = []
     for ranks, name, flags in commands((ROOT / document).read_text()):
-        flags = [flag.replace("DATA", f"{tmp_path}/data").replace("runs/", f"{tmp_path}/runs/") for flag in flags]
+        for word, place in {"DATA": "data", "RECORDINGS": "recordings", "runs/": "runs/"}.items():
+            flags = [flag.replace(word, f"{tmp_path}/{place}") for flag in flags]
         flags = [re.sub(r"_\d{6}\.pt", "_000002.pt", re.sub(r"samples_248x", "samples_24x", flag)) for flag in flags]
+        if name == "import_radar.py" and (tmp_path / "data").exists():  # simulated ones, which it would refuse
+            flags += ["--out_dir", f"{tmp_path}/imported"]
         if name == "check_vae.py":
             flags += ["--report_dir", f"{tmp_path}/runs/check_vae"]
         script(name, *flags, *SMALLER[name].split(), ranks=ranks)
@@ -52,10 +56,13 @@ def walk(document, tmp_path):
 
 
 def test_the_readme_from_people_to_report(tmp_path):
+    record_walks(tmp_path / "recordings", ["user_00", "user_01"], ["day1", "day2", "day3"])
     assert walk("README.md", tmp_path) == set(SMALLER)
     for promised in (
         "data/manifest.csv",
         "data/train/.latents",
+        "imported/train/user_00",
+        "imported/overview.png",
         "runs/one/progress.csv",
         "runs/one/samples/grid.png",
         "runs/one/samples/report/report.json",
@@ -89,6 +96,21 @@ def test_the_tutorial(tmp_path):
 
 
 FOREIGN = {"--ours", "--help"}
+
+
+@pytest.mark.slow
+def test_ones_own_recordings(tmp_path):
+    record_walks(tmp_path / "recordings", ["user_00", "user_01"], ["day1", "day2", "day3"])
+    assert walk("docs/own_data.md", tmp_path) == {
+        "import_radar.py",
+        "check_vae.py",
+        "vae_train.py",
+        "image_train_vae.py",
+    }
+    for promised in ("data/overview.png", "data/axes.yaml", "data/test/user_01", "runs/mine/ema_0.999_000002.pt"):
+        assert (tmp_path / promised).exists(), promised
+
+
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 

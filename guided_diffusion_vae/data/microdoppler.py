@@ -315,8 +315,12 @@ def one_thread_a_process():
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def claim_folder(config: SimulationConfig) -> Path:
-    """Write the settings to `run.yaml` of an unused folder, or raise if those there are others; returns the folder."""
+def claim_folder(config) -> Path:
+    """Write the settings to `run.yaml` of an unused folder, or raise if those there are others; returns the folder.
+
+    Args:
+        config: a dataclass of settings, among them `out_dir`, the folder.
+    """
     root = Path(config.out_dir)
     if root.exists() and not root.is_dir():
         raise UserError(f"--out_dir {root} is not a folder")
