@@ -51,7 +51,7 @@ def test_more_processes_than_gpus(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(dist_util.EnvironmentFault, match="4 processes on this machine, but 2 GPUs") as error:
-        dist_util.setup_dist()
+        dist_util._choose_backend(dist_util.detect_launch())
     assert dist_util.exit_code(error.value) == 3
 
 
