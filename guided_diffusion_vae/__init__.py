@@ -16,7 +16,7 @@ data          data.microdoppler, data.gait, data.spectrogram, data.image_folder,
 loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
               vae_tasks, vae_train_util, vae_infer_util
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
-              trained: a model again; guides: a weaker network, a classifier; noised_classifier
+              trained: a model again, compiling: faster; guides: a weaker network, a classifier; noised_classifier
               pipeline, stages: the scripts one after the other
               cli: the command gdvae, each script under a short name; doctor, on machine_facts: what is broken here
 

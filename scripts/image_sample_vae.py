@@ -14,6 +14,7 @@ from pathlib import Path
 from guided_diffusion_vae import assembly, dist_util, logger
 from guided_diffusion_vae.assembly import SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
+from guided_diffusion_vae.compiling import compile_network
 from guided_diffusion_vae.config import create_argparser
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.guides import digests, with_guides
@@ -36,7 +37,7 @@ from guided_diffusion_vae.trained import NETWORK, open_model, results_folder, ru
 OURS = (SamplingConfig, SamplerConfig, GuidanceConfig, LatentClassifierConfig)
 TRAINING = (DataConfig, TrainConfig)
 ALIASES = {"users": "user_ids", "cfg_scale": "condition_scale"}
-RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing")
+RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing", "compile")
 RECORDED += ("timestep_respacing", *(field.name for field in fields(GuidanceConfig)), "model_path")
 
 
@@ -55,6 +56,8 @@ def main(argv=None):
 
     logger.log("creating model and diffusion...")
     model, vae, class_names = open_model(run, record)
+    if run.compile:
+        compile_network(model, logger.warn)
     process = assembly.create_process(run, vae, run.section(SamplerConfig))
     model, cond_fn, class_names, labelled = with_guides(run, model, process, vae, class_names)
 

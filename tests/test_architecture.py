@@ -32,7 +32,18 @@ FLOORS = [
         *("train_util", "train_config", "sharding", "validation", "sample_util", "likelihood", "estimate"),
         *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema"),
     },
-    {"script_util", "assembly", "noised_classifier", "trained", "guides", "pipeline", "stages", "cli", "doctor"},
+    {
+        "script_util",
+        "assembly",
+        "noised_classifier",
+        "trained",
+        "guides",
+        "pipeline",
+        "stages",
+        "cli",
+        "doctor",
+        "compiling",
+    },
 ]
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 MATHS = FLOORS[1]

@@ -9,6 +9,12 @@ from guided_diffusion_vae import channels_last, winograd
 from guided_diffusion_vae.channels_last import Conv2d
 
 
+@pytest.fixture(autouse=True)
+def pays(monkeypatch):
+    """Whatever this machine is: tested is what it computes."""
+    monkeypatch.setattr(winograd, "PAYS", True)
+
+
 def innermost(*shape, seed=0):
     x = th.randn(*shape, generator=th.Generator().manual_seed(seed))
     return x.to(memory_format=th.channels_last)
@@ -91,3 +97,12 @@ def test_autocast_is_left_to_torch():
     assert winograd.fits(x, conv.weight)
     with th.autocast("cpu", th.bfloat16):
         assert not winograd.fits(x, conv.weight) and conv(x).dtype == th.bfloat16
+
+
+def test_where_it_does_not_pay_convolutions_are_torchs_own(monkeypatch):
+    conv, x = Conv2d(32, 32, 3, padding=1), innermost(2, 32, 8, 8)
+    monkeypatch.setattr(winograd, "conv3x3", None)
+    with pytest.raises(TypeError):
+        conv(x)
+    monkeypatch.setattr(winograd, "PAYS", False)
+    assert th.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
