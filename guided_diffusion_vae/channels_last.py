@@ -85,7 +85,7 @@ class Conv2d(nn.Conv2d):
     """A convolution; a 3x3 one of an image with its channels innermost by Winograd's filtering where that pays."""
 
     def forward(self, x):
-        plain = winograd.PAYS and self.kernel_size == (3, 3) and self.stride == self.padding == self.dilation == (1, 1)
+        plain = self.kernel_size == (3, 3) and self.stride == self.padding == self.dilation == (1, 1)
         if plain and self.groups == 1 and innermost(x) and winograd.fits(x, self.weight):
             return winograd.conv3x3(x, self.weight, self.bias)
         return super().forward(x)

@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .config import debug_wanted, did_you_mean
+from .config import EXIT_ENVIRONMENT, EXIT_USER, debug_wanted, did_you_mean
 from .quick_help import install as without_torch
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,6 @@ NAMES = {  # in the order of use; all other scripts follow under their own names
     "classifier_train_vae": "classifier-train",
     "image_nll_vae": "nll",
 }
-USAGE, ENVIRONMENT = 2, 3  # exit codes, as those of dist_util, which would import PyTorch
 
 
 def shipped(folder: str) -> Path:
@@ -91,7 +90,7 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head`
     if name in ("", "-h", "--help"):
         print(help_text())
-        sys.exit(0 if name else USAGE)
+        sys.exit(0 if name else EXIT_USER)
     if name == "doctor":
         from . import doctor
 
@@ -101,7 +100,7 @@ def main() -> None:
     if script is None:
         near = did_you_mean(name, [*scripts(), "doctor", "completion"])
         print(f"error: unknown command {name}{near}; gdvae --help lists them", file=sys.stderr)
-        sys.exit(USAGE)
+        sys.exit(EXIT_USER)
     sys.argv = [f"gdvae {name}", *with_recipes(words)]
     if not {"-h", "--help"}.isdisjoint(words):
         without_torch()
@@ -112,7 +111,7 @@ def main() -> None:
         if debug_wanted():
             raise
         print(f"error: {' '.join(str(error).split())}; `gdvae doctor` says what is broken", file=sys.stderr)
-        sys.exit(ENVIRONMENT)
+        sys.exit(EXIT_ENVIRONMENT)
     run_main(run)
 
 
@@ -149,7 +148,7 @@ def completion(words: list[str]) -> int:
         return 0
     if len(words) != 1 or words[0] not in SHELLS:
         print(f"error: completion of which shell? gdvae completion {'|'.join(SHELLS)}", file=sys.stderr)
-        return USAGE
+        return EXIT_USER
     without_torch()
     head, first, other, tail = SHELLS[words[0]]
     flags = {name: " ".join(flags_of(path)) for name, path in scripts().items()}

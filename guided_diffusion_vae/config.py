@@ -33,8 +33,18 @@ MAX_DEPTH, MAX_WORD = 20, 10_000  # of a recipe's blocks; characters of one valu
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C: a megabyte in seconds, not minutes
 
 
+# Exit codes: done, the user's input, the environment, training failed, a peer was lost, stopped on request and saved.
+EXIT_DONE, EXIT_USER, EXIT_ENVIRONMENT, EXIT_TRAINING, EXIT_PEER, EXIT_STOPPED = 0, 2, 3, 4, 5, 75
+
+
 class UserError(ValueError):
     """Something the user can mend: one line that names the flag, the value and the remedy; scripts exit with code 2."""
+
+
+def first_few(words, count: int = 5, between: str = ", ") -> str:
+    """The first words of a list, and how many more there are."""
+    more = f" and {len(words) - count} more" if len(words) > count else ""
+    return between.join(words[:count]) + more
 
 
 def refuse_below(section, least: int, *names: str) -> None:

@@ -22,13 +22,11 @@ import torch as th
 import torch.distributed as dist
 
 from . import checkpoint, logger
-from .config import debug_wanted
+from .config import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_PEER, EXIT_STOPPED, EXIT_TRAINING, EXIT_USER, debug_wanted
 
 GPUS_PER_NODE = 8  # upstream's constant; kept for its importers, nothing here assumes it
 SETUP_RETRY_COUNT = 3
 TIMEOUT = timedelta(minutes=30)
-
-EXIT_DONE, EXIT_USER, EXIT_ENVIRONMENT, EXIT_TRAINING, EXIT_PEER, EXIT_STOPPED = 0, 2, 3, 4, 5, 75
 
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
 READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from typing import NamedTuple
 
+from .config import EXIT_ENVIRONMENT, EXIT_USER
 from .machine_facts import ASSET, DISTRIBUTION, Facts, family
 
 ASSET_SHA256 = "22c78564f6efa35dd40de4dc6868459807b489d395fd24997306ae5091396f5d"
@@ -26,7 +27,6 @@ DISKS = {  # GB below which it fails (0: it is not always needed), GB below whic
     "temporary folder": (0.1, 1.0, "make room, or export TMPDIR to another disk"),
     "hub cache": (0, 2.0, "before --allow_download True, export HF_HUB_CACHE to another disk"),
 }
-EXIT_ENVIRONMENT, EXIT_USER = 3, 2
 
 
 class Line(NamedTuple):

@@ -8,7 +8,7 @@ import re
 
 import torch as th
 
-from .config import UserError
+from .config import UserError, first_few
 from .dit import SIZES, LightningDiT
 
 NAMED = 3  # how many differing keys an error names
@@ -67,9 +67,8 @@ def load_weights(model: th.nn.Module, state_dict: dict[str, th.Tensor], *, path,
     if not differ:
         model.load_state_dict(state_dict)
         return
-    more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
     raise UserError(
-        f"{path} is a network of another shape ({', '.join(differ[:NAMED])}{more} differ): "
+        f"{path} is a network of another shape ({first_few(differ, NAMED)} differ): "
         + _advice(model, state_dict, given)
     )
 

@@ -74,7 +74,7 @@ class ClassifierTrainConfig:
     save_interval: int = 10000  # steps between checkpoints
     process: str = "gaussian"  # gaussian (diffusion) or flow (matching): that of the model to be guided
     amp: str = "none"  # none; bf16: it runs in bfloat16, the rest in float32; auto: bf16 on GPUs that have it
-    channels_last: bool = False  # train with the channels innermost: on a CPU faster, rounded otherwise
+    channels_last: bool = False  # train with the channels innermost: on some CPUs faster, rounded otherwise
     keep_last: int = 0  # how many checkpoints to keep; 0 = all
     keep_every: int = 0  # steps between checkpoints that stay beside those; 0 = none
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit

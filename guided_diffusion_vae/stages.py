@@ -19,8 +19,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .cli import shipped
-from .config import UserError
-from .dist_util import EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_TRAINING, EXIT_USER
+from .config import EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_TRAINING, EXIT_USER, UserError
 from .folder_lock import holding
 from .stop_signals import ECHO_S
 

@@ -44,7 +44,7 @@ class TrainConfig:
     max_memorisation: float = 0.0
     posthoc_ema: str = ""  # relative lengths (0.05,0.10) to keep snapshots of for scripts/posthoc_ema.py; empty = none
     posthoc_interval: int = 0  # steps between these; 0 = a sixteenth of the run, or save_interval if it has no end
-    channels_last: bool = False  # train with the channels innermost: on a CPU faster, rounded otherwise; not with fsdp2
+    channels_last: bool = False  # train with the channels innermost: on some CPUs faster, rounded otherwise; no fsdp2
     sharding: str = "none"  # none (every process holds the model) or fsdp2 (a share of weights, optimizer and averages)
 
     def __post_init__(self):

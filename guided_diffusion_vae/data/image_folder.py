@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..config import UserError, first_few
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".pgm")
 # what Pillow may try (its PPM reads PGM): a renamed file of another format is no reason to run its reader
@@ -23,7 +23,6 @@ FORMATS = ("PNG", "JPEG", "GIF", "PPM")
 MAX_PIXELS = 64_000_000  # a spectrogram is below a megapixel; beyond this it is a decompression bomb
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
 ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)  # first, step
-NAMED = 5  # how many bad files an error names
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of what MAX_PIXELS refuses anyway
 
 
@@ -173,8 +172,7 @@ def refuse(bad: list[str], total: int, what="images", flag="--skip_bad_images") 
         bad: why, for each; what, flag: what such files are called, and the flag that leaves them out.
     """
     if bad:
-        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise UserError(
-            f"{len(bad)} of {total} {what} cannot be used: {'; '.join(bad[:NAMED])}{more}."
+            f"{len(bad)} of {total} {what} cannot be used: {first_few(bad, between='; ')}."
             f" Mend or remove them, or give {flag} True"
         )

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter1d
 
 from ..checkpoint import atomic_write, save_csv
-from ..config import UserError
-from .image_folder import NAMED, list_files, refuse
+from ..config import UserError, first_few
+from .image_folder import list_files, refuse
 from .microdoppler import VELOCITY_MPS, WINDOW_S, claim_folder
 from .radar_files import EXTENSIONS, BadFile, Recording, RecordingConfig, read_recording
 from .radar_sessions import SPLITS, Picture, Source, Take, find_sources, plan_pictures
@@ -129,8 +129,7 @@ def survey_all(config: ImportConfig, sources: list[Source], say) -> list[Survey]
     if not surveys or not config.skip_bad_files:
         refuse(bad, len(sources), "recordings", "--skip_bad_files")
     if bad:
-        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-        say(f"left out {len(bad)} of {len(sources)} recordings: {'; '.join(bad[:NAMED])}{more}")
+        say(f"left out {len(bad)} of {len(sources)} recordings: {first_few(bad, between='; ')}")
     for note, count in notes.items():
         say(f"{count} of {len(surveys)} recordings: {note}")
     return surveys

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import UserError, words_of
-from .image_folder import NAMED, list_images
+from ..config import UserError, first_few, words_of
+from .image_folder import list_images
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.15  # of a single session, for each of val and test
@@ -87,11 +87,11 @@ def plan_pictures(takes: list[Take], val_sessions: str, test_sessions: str, say)
     for split in SPLITS:
         names = sorted({session for (_, session), where in split_of.items() if where == split}, key=_natural)
         if names:
-            say(f"sessions for {split}: {_some(names)}")
+            say(f"sessions for {split}: {first_few(names)}")
     if alone:
         say(
-            f"{len(alone)} users have one session ({_some(alone)}): val and test are its last parts, and what is scored"
-            " on them is an upper bound; record another day"
+            f"{len(alone)} users have one session ({first_few(alone)}): val and test are its last parts, and what is"
+            " scored on them is an upper bound; record another day"
         )
     return plan
 
@@ -106,7 +106,7 @@ def split_sessions(keys: list[tuple[str, str]], val=(), test=()) -> dict[tuple[s
     for split, names in (("val", val), ("test", test)):
         for name in names:
             if name not in known:
-                there = _some([session for session in known if session]) or "none"
+                there = first_few([session for session in known if session]) or "none"
                 raise UserError(f"--{split}_sessions {name} is not there; there are {there}")
             if name in val and name in test:
                 raise UserError(f"--{split}_sessions {name} is for both val and test; name it once")
@@ -148,7 +148,3 @@ def _share(earlier: tuple[Take, float], later: tuple[Take, float]) -> bool:
 def _natural(name: str):
     """s2 before s10."""
     return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in re.split(r"(\d+)", name)]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
