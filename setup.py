@@ -27,6 +27,7 @@ setup(
     extras_require={
         "mpi": ["mpich"],
         "tb": ["tensorboard"],
+        "wandb": ["wandb"],
         "vf": ["transformers>=5"],
         "ode": ["torchdiffeq"],
         "plots": ["matplotlib"],

@@ -3,7 +3,8 @@
 A spectrogram x becomes a latent z through an autoencoder; a process mixes z with noise and asks a network to undo it;
 walking back and decoding gives new spectrograms.
 
-ground        config, logger, dist_util, checkpoint, folder_lock, run_state, run_record, stop_signals; quick_help
+ground        config, logger on log_formats, dist_util, checkpoint, folder_lock, run_state, run_record, stop_signals;
+              quick_help
 maths         nn, losses, gaussian_diffusion, respace, resample; flow_matching; guidance (a model around a model)
 networks      unet, fp16_util, model_flags; dit
 autoencoders  autoencoders.base, .conv (plain VAEs), .kl (the LDM family), .layouts (their files), .objectives with

@@ -1,162 +1,46 @@
-"""Upstream's logging facade: key-value tables to the terminal, text, CSV, JSON lines and TensorBoard.
+"""Upstream's logging facade: key-value tables to the terminal, text, CSV, JSON lines, TensorBoard, Weights & Biases.
 
-`logkv`, `logkv_mean` and `dumpkvs` fill and write one row; `log` writes a line. Files are appended to, never emptied,
-so a resumed run keeps its history. A value may be a 0-d tensor: it is read from the device only when the row is
-written, so that a training loop needs no synchronisation per step.
+`logkv`, `logkv_mean` and `dumpkvs` fill and write one row; `log` writes a line; `log_formats` has the writers. A value
+may be a 0-d tensor: it is read from the device only when the row is written, so that a training loop needs no
+synchronisation per step.
 """
 
 import contextlib
-import csv
 import datetime
 import functools
-import json
+import importlib.util
 import os
 import sys
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
-from pathlib import Path
+from dataclasses import dataclass
 
-from .checkpoint import atomic_write, save_csv, sweep
+from .checkpoint import sweep
+from .config import UserError, did_you_mean
 from .folder_lock import hold, make_folder, release
+from .log_formats import INSTALL, MAKERS, CSVOutputFormat, HumanOutputFormat, KVWriter, SeqWriter, make_output_format
+from .log_formats import JSONOutputFormat as JSONOutputFormat  # upstream has it here
+from .log_formats import TensorBoardOutputFormat as TensorBoardOutputFormat
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
-class KVWriter:
-    """Writes rows of key -> number."""
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """The log."""
 
-    def writekvs(self, kvs):
-        raise NotImplementedError
+    # where progress goes, by commas: stdout, log, csv, json, tensorboard, wandb; empty: OPENAI_LOG_FORMAT, else the
+    # first three
+    log_format: str = ""
 
-    def close(self):
-        pass
-
-
-class SeqWriter:
-    """Writes lines of words."""
-
-    def writeseq(self, seq):
-        raise NotImplementedError
-
-
-class HumanOutputFormat(KVWriter, SeqWriter):
-    """A table of keys and values for people; to a path (appended) or an open text stream."""
-
-    def __init__(self, filename_or_file):
-        self.owns = isinstance(filename_or_file, (str, os.PathLike))
-        self.file = open(filename_or_file, "a", encoding="utf-8") if self.owns else filename_or_file
-
-    def writekvs(self, kvs):
-        cells = {
-            self._cut(key): self._cut(f"{value:<8.3g}" if hasattr(value, "__float__") else str(value))
-            for key, value in sorted(kvs.items(), key=lambda pair: pair[0].lower())
-        }
-        if not cells:
-            return
-        key_width = max(map(len, cells))
-        value_width = max(map(len, cells.values()))
-        dashes = "-" * (key_width + value_width + 7)
-        rows = [f"| {key:<{key_width}} | {value:<{value_width}} |" for key, value in cells.items()]
-        self._write("\n".join([dashes, *rows, dashes]))
-
-    def writeseq(self, seq):
-        self._write(" ".join(map(str, seq)))
-
-    def _write(self, text):
-        self.file.write(text + "\n")
-        self.file.flush()
-
-    @staticmethod
-    def _cut(text, width=30):
-        return text if len(text) <= width else text[: width - 3] + "..."
-
-    def close(self):
-        if self.owns:
-            self.file.close()
-
-
-class JSONOutputFormat(KVWriter):
-    """One JSON object a line."""
-
-    def __init__(self, filename):
-        self.file = open(filename, "a", encoding="utf-8")
-
-    def writekvs(self, kvs):
-        self.file.write(json.dumps(kvs) + "\n")
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
-
-
-class CSVOutputFormat(KVWriter):
-    """A CSV file whose header grows when a new key appears; earlier rows are padded."""
-
-    def __init__(self, filename):
-        self.filename = Path(filename)
-        self.keys, self.rows = [], 0
-        if self.filename.exists() and self.filename.stat().st_size:
-            with open(self.filename, newline="", encoding="utf-8") as handle:
-                self.keys = next(csv.reader(handle), [])
-
-    def writekvs(self, kvs):
-        new = sorted(set(kvs) - set(self.keys))
-        if new:
-            old = self.filename.read_text(encoding="utf-8").splitlines() if self.keys else []
-            self.keys += new
-            padded = [line + "," * len(new) for line in old[1:]]
-            with atomic_write(self.filename) as handle:
-                handle.write(("\n".join([",".join(self.keys), *padded]) + "\n").encode())
-        with open(self.filename, "a", encoding="utf-8") as handle:
-            handle.write(",".join(str(kvs.get(key, "")) for key in self.keys) + "\n")
-
-    def forget_after(self, step):
-        """Drop the rows of later steps, which a resumed run writes again, and one that was cut off."""
-        if "step" not in self.keys:
-            return
-        with open(self.filename, newline="", encoding="utf-8") as handle:
-            head, *rows = csv.reader(handle)
-        whole = [row for row in rows if len(row) == len(head) and row[head.index("step")]]
-        kept = [row for row in whole if float(row[head.index("step")]) <= step]
-        if kept != rows:
-            save_csv([head, *kept], self.filename)
-
-
-class TensorBoardOutputFormat(KVWriter):
-    """TensorBoard events through torch (needs the `tb` extra)."""
-
-    def __init__(self, dir):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("OPENAI_LOG_FORMAT asks for tensorboard: pip install tensorboard") from error
-        self.writer, self.step = SummaryWriter(dir), 0
-
-    def writekvs(self, kvs):
-        self.step = int(kvs.get("step", self.step + 1))
-        for key, value in kvs.items():
-            if hasattr(value, "__float__"):
-                self.writer.add_scalar(key, float(value), self.step)
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
-
-
-def make_output_format(format, ev_dir, log_suffix=""):
-    """The writer for one of stdout, log, json, csv, tensorboard, in the folder `ev_dir`."""
-    os.makedirs(ev_dir, exist_ok=True)
-    makers = {
-        "stdout": lambda: HumanOutputFormat(sys.stdout),
-        "log": lambda: HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt")),
-        "json": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json")),
-        "csv": lambda: CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv")),
-        "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
-    }
-    if format not in makers:
-        raise ValueError(f"Unknown format specified: {format}; known are {', '.join(makers)}")
-    return makers[format]()
+    def __post_init__(self):
+        for name in filter(None, self.log_format.split(",")):
+            given = f"--log_format {self.log_format}: {name}"
+            if name not in MAKERS:
+                raise UserError(f"{given} is unknown{did_you_mean(name, MAKERS)}; known are {', '.join(MAKERS)}")
+            if name in INSTALL and importlib.util.find_spec(name) is None:
+                raise UserError(f"{given} is not installed; {INSTALL[name]}")
 
 
 class Logger:
@@ -249,8 +133,11 @@ def get_rank_without_mpi_import():
     return int(os.environ["SLURM_PROCID"]) if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ else 0
 
 
-def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
+def configure(dir=None, format_strs=None, comm=None, log_suffix="", log_format=""):
     """Log into `dir`: the argument, else OPENAI_LOGDIR, else a dated folder below the temporary folder.
+
+    Args:
+        log_format: of `LogConfig`, for the first process; the others follow OPENAI_LOG_FORMAT_MPI.
 
     Raises:
         UserError: it is no folder, or another run works there.
@@ -271,7 +158,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
-        format_strs = os.getenv(variable, default).split(",")
+        format_strs = ((log_format if rank == 0 else "") or os.getenv(variable, default)).split(",")
     formats = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
     Logger.CURRENT = Logger(dir=dir, output_formats=formats, comm=comm)
     if formats:

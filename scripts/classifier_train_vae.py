@@ -19,6 +19,7 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.flow_matching import FlowConfig
 from guided_diffusion_vae.guides import load_guided
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, speaking_of
+from guided_diffusion_vae.logger import LogConfig
 from guided_diffusion_vae.noised_classifier import (
     ClassifierLosses,
     ClassifierTrainConfig,
@@ -38,7 +39,7 @@ KIND = (LatentClassifierConfig, DiffusionConfig, LaterDiffusionConfig, FlowConfi
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(DataConfig, ClassifierTrainConfig, *KIND, description=__doc__), argv)
+    run = parse_run(create_argparser(DataConfig, ClassifierTrainConfig, LogConfig, *KIND, description=__doc__), argv)
     config, flags = run.section(LatentClassifierConfig), run.section(ClassifierTrainConfig)
     if dist_util.rank() == 0:
         print(run)
@@ -55,7 +56,7 @@ def main(argv=None):
     if run.dry_run:
         return
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
-    logger.configure(dir=folder)
+    logger.configure(dir=folder, log_format=run.log_format)
 
     logger.log("creating data loader...")
     about = {"image_size": run.image_size, "vae": vae, "class_cond": True, "say": logger.log}

@@ -24,6 +24,7 @@ from guided_diffusion_vae.assembly import (
 )
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
+from guided_diffusion_vae.logger import LogConfig
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.sample_util import Preview
@@ -41,7 +42,7 @@ class OutputConfig:
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(*SECTIONS, OutputConfig, description=__doc__, elsewhere=SAMPLING), argv)
+    run = parse_run(create_argparser(*SECTIONS, OutputConfig, LogConfig, description=__doc__, elsewhere=SAMPLING), argv)
     if dist_util.rank() == 0:
         print(run)
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train"
@@ -55,7 +56,7 @@ def main(argv=None):
     vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir)).to(dist_util.dev())
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
     try_settings(run, vae)
-    logger.configure(dir=folder)
+    logger.configure(dir=folder, log_format=run.log_format)
     if ignored_settings(run):
         logger.warn(f"--network {run.network} --process {run.process} does not read {', '.join(ignored_settings(run))}")
 

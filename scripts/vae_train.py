@@ -12,6 +12,7 @@ from guided_diffusion_vae.autoencoders.ldm_config import is_ldm, settings_from_l
 from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
+from guided_diffusion_vae.logger import LogConfig
 from guided_diffusion_vae.run_state import seed_weights
 from guided_diffusion_vae.vae_tasks import VAEModelConfig, create_task, default_folder
 from guided_diffusion_vae.vae_train_util import VAETrainConfig, VAETrainer
@@ -20,7 +21,7 @@ SECTIONS = (VAEDataConfig, VAEModelConfig, VAETrainConfig, ObjectiveConfig)
 
 
 def main(argv=None):
-    parser = create_argparser(*SECTIONS, description=__doc__)
+    parser = create_argparser(*SECTIONS, LogConfig, description=__doc__)
     run = parse_run(parser, argv, translate=lambda loaded: settings_from_ldm(loaded) if is_ldm(loaded) else loaded)
     if dist_util.rank() == 0:
         print(run)
@@ -29,7 +30,7 @@ def main(argv=None):
     data, model = run.section(VAEDataConfig), run.section(VAEModelConfig)
     folder = run.out_dir or default_folder(data, model)
     dist_util.setup_dist()
-    logger.configure(dir=folder)
+    logger.configure(dir=folder, log_format=run.log_format)
     seed_weights(run.seed)
     task = create_task(
         model,

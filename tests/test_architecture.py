@@ -9,8 +9,8 @@ import guided_diffusion_vae
 PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {
-        *("config", "logger", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals", "folder_lock"),
-        *("quick_help", "machine_facts"),
+        *("config", "logger", "log_formats", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"),
+        *("folder_lock", "quick_help", "machine_facts"),
     },
     {
         *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
