@@ -9,6 +9,7 @@ numbers           statistics: Frechet and kernel distances; manifold: precision,
 parts             classifier_tests with shortcut, verification with metric_learning, measure, physics, sifting,
                   memorization with copying, leaks, side_by_side: each makes a section; augmentation: the study
 reports           findings: a number between the worst and real images, and its verdict; html; report: the short table
+looking           gallery_contents with gallery_report, gallery_page with gallery_style, gallery_server: in a browser
 commands          evaluator, make_reference: the official tool's; validation: what scripts/validate.py asks
 
 The package guided_diffusion_vae never imports this one.

@@ -61,7 +61,7 @@ class AutoencoderReport:
 
     def per_user(self) -> dict[str, tuple[float, float, int]]:
         """Mean PSNR, mean SSIM and number of images of each user."""
-        if self.labels is None:
+        if self.labels is None or self.class_names is None:
             return {}
         mine = {name: self.labels == i for i, name in enumerate(self.class_names)}
         return {

@@ -12,6 +12,8 @@ from guided_diffusion_vae.autoencoders.perceptual import load_lpips
 from guided_diffusion_vae.checkpoint import atomic_write
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.vae_data import Part, VAEDataConfig
+from guided_diffusion_vae.pictures import draw_latents_of, find_axes
+from guided_diffusion_vae.plotting import or_said
 from guided_diffusion_vae.sample_util import save_grid
 from guided_diffusion_vae.vae_wrapper import SHIPPED, save_autoencoder
 
@@ -42,11 +44,12 @@ class CheckConfig:
             raise UserError("--fit_scale True needs --out: a .safetensors file, or a folder for diffusers' layout")
 
 
-def check(vae, data: VAEDataConfig, config: CheckConfig, say=print) -> AutoencoderReport:
+def check(vae, data: VAEDataConfig, config: CheckConfig, say=print, *, plot: bool = False) -> AutoencoderReport:
     """Judge an autoencoder; print and write what was found, and store it if asked.
 
     Args:
         vae: a `VAEInterface`.
+        plot: draw latents.png, too.
     Raises:
         UserError: no such images, or a split without any.
     """
@@ -65,7 +68,11 @@ def check(vae, data: VAEDataConfig, config: CheckConfig, say=print) -> Autoencod
         pairs = np.stack([pixels[places], back[places]], axis=1).reshape(-1, *pixels.shape[1:])
         captions = [text for i in places for text in (class_names[labels[i]], f"{report.psnr[i]:.1f} dB")]
         save_grid(folder / name, pairs, captions, 8)
-    say(f"written: {folder}/report.json, recon_grid.png, worst.png")
+    picture = folder / "latents.png"
+    picture.unlink(missing_ok=True)  # an earlier check's
+    about, edges = (pixels, labels, class_names, picture), find_axes(data.data_root)
+    drawn = plot and or_said(picture.name, lambda: draw_latents_of(vae, *about, edges=edges, say=say), say)
+    say(f"written: {folder}/report.json, recon_grid.png, worst.png{', latents.png' * drawn}")
     if config.out:
         store(vae, report.fitting_scale if config.fit_scale else vae.scale_factor, config.out, data.image_size, say)
     return report

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -37,7 +38,7 @@ NAMED = 8  # arrays of an .npz that an error lists
 class Batch:
     """Images of one size. `flag` is what errors call the set; `labels` (N,) or None; `notes` are warnings."""
 
-    def __init__(self, path, flag: str, shape: tuple[int, int, int, int], labels=None):
+    def __init__(self, path, flag: str, shape: tuple[int, int, int, int], labels: Any = None):
         self.path, self.flag, self.shape, self.labels = path, flag, shape, labels
         self.notes: list[str] = []
         if shape[0] == 0:
@@ -106,8 +107,8 @@ class FolderBatch(Batch):
             found = list_images(pngs_of(Path(path), flag))
             if skip_bad_images:
                 found = drop_bad_images(found, say)
-            size = (image_size, image_size) if image_size else read_rgb(found.paths[0]).size[::-1]
-        super().__init__(path, flag, (len(found.paths), *size, 3), np.array(found.labels))
+            width, height = (image_size, image_size) if image_size else read_rgb(found.paths[0]).size
+        super().__init__(path, flag, (len(found.paths), height, width, 3), np.array(found.labels))
         self.paths, self.class_names, self.image_size = found.paths, found.class_names, image_size
 
     @cached_property
@@ -233,7 +234,7 @@ class NpzBatch(Batch):
             raise UserError(f"{given}, grey; give --grey_to_rgb True to repeat it to three channels")
         if 0 in shape[1:3] or shape[1] * shape[2] > MAX_PIXELS:
             raise UserError(f"{given}; an image must have 1 to {MAX_PIXELS:,} pixels")
-        return *shape[:3], 3
+        return shape[0], shape[1], shape[2], 3
 
     def _take_labels(self, labels: np.ndarray) -> None:
         if labels.dtype.kind in "iu" and labels.shape == (len(self),):

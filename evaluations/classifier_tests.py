@@ -14,6 +14,7 @@ classifier that learned from a sixth less); all classifiers learn from equally m
 Source: Ravuri and Vinyals 2019 (TSTR as "CAS"); Salimans et al. 2016 (inception score).
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -68,16 +69,16 @@ def classifier_tests(
     answers = _ask(train, heldout, samples, seeds=seeds, epochs=epochs, seed=seed, progress=progress)
     names = train.class_names
     shown = [confusion(p, heldout.labels, len(names)) for p in answers.heldout]
-    pictured = {"real, held out": sum(shown)}
-    data = {"learned_from": _used(train, samples), "confusion_trtr": sum(shown).tolist()}
+    pictured = {"real, held out": reduce(np.add, shown)}
+    data = {"learned_from": _used(train, samples), "confusion_trtr": pictured["real, held out"].tolist()}
     findings, notes = _variety_of_answers(heldout, samples, answers)
     tables = [_histogram(answers.generated, samples, names)]
     if samples.labels is None:
         notes.insert(0, "the samples are unlabelled: whether they show the right users cannot be tested")
     else:
         shown = [confusion(p, samples.labels, len(names)) for p in answers.generated]
-        pictured["generated"] = sum(shown)
-        data["confusion_trts"] = sum(shown).tolist()
+        pictured["generated"] = reduce(np.add, shown)
+        data["confusion_trts"] = pictured["generated"].tolist()
         shortcut = Shortcut.learn(train)
         by_shortcut = {
             name: share_right(shortcut.name(images.pixels), images.labels, len(names))[None]
@@ -100,22 +101,23 @@ def classifier_tests(
 def _ask(train, heldout, samples, *, seeds: int, epochs: int, seed: int, progress: bool) -> Answers:
     """Train and ask the classifiers."""
     num_users, steps = len(train.class_names), steps_of(epochs, len(train.pixels))
+    right: dict[str, list[np.ndarray]] = {}
     answers = Answers({}, None, [], [])
-    right_generated = []
     for number in tqdm(range(seeds), desc="classifiers learn", disable=None if progress else True):
         for name, lesson in lessons(train, samples, np.random.default_rng([seed, number])).items():
             model = train_user_classifier(lesson.pixels, lesson.labels, num_users, seed=seed + number, steps=steps)
             said = probabilities(model, heldout.pixels)
-            right = share_right(said.argmax(axis=1), heldout.labels, num_users)
-            answers.right.setdefault(name, []).append(right)
+            right.setdefault(name, []).append(share_right(said.argmax(axis=1), heldout.labels, num_users))
             if name == REAL:
                 answers.heldout.append(said)
                 answers.generated.append(probabilities(model, samples.pixels))
-    if samples.labels is not None:
-        named = [said.argmax(axis=1) for said in answers.generated]
-        right_generated = np.stack([share_right(users, samples.labels, num_users) for users in named])
-        return Answers({k: np.stack(v) for k, v in answers.right.items()}, right_generated, *answers[2:])
-    return answers._replace(right={k: np.stack(v) for k, v in answers.right.items()})
+    answers = answers._replace(right={name: np.stack(shares) for name, shares in right.items()})
+    if samples.labels is None:
+        return answers
+    named = [said.argmax(axis=1) for said in answers.generated]
+    return answers._replace(
+        right_generated=np.stack([share_right(users, samples.labels, num_users) for users in named])
+    )
 
 
 def lessons(train: ImageSet, samples: ImageSet, rng: np.random.Generator) -> dict[str, ImageSet]:
@@ -235,7 +237,7 @@ def _words(found: dict[str, Finding], train: ImageSet, samples: ImageSet, seeds:
             "generated images are easier to name than held-out real ones: they show the training sessions, typical"
             " walks, or copies"
         )
-    if shortcut.value >= trts.value:
+    if shortcut.value is not None and trts.value is not None and shortcut.value >= trts.value:
         notes.append("a few numbers of a picture tell the generated users as well as TRTS: no proof of gait")
     if shortcut.beyond:
         notes.append(
@@ -257,6 +259,7 @@ def _right_by_luck(answers: Answers, names: list[str]) -> list[str]:
     """A note where generated images of users are named right whom the classifier does not know in real ones."""
     chance = 1 / len(names)
     low, high = (chance + share * (1 - chance) for share in (NEAR_CHANCE, OFTEN))
+    assert answers.right_generated is not None
     shares = (right.mean(axis=0) for right in (answers.right[REAL], answers.right_generated))
     users = [name for name, real, made in zip(names, *shares, strict=True) if real < low and made > high]
     said = "the classifier hardly knows them in held-out real images (TRTR near chance), but names their generated ones"

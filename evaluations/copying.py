@@ -85,7 +85,8 @@ def _place(kinds: dict[str, np.ndarray], train, own, cells: int, seed: int) -> d
     train, *sets = _principal(np.asarray(train)[learned], train, *kinds.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of empty cells, which do not count
-        centres, _ = kmeans2(train, min(cells, len(train)), iter=50, minit="++", seed=np.random.default_rng(seed))
+        how = {"iter": 50, "minit": "++", "seed": np.random.default_rng(seed)}
+        centres, _ = kmeans2(train, min(cells, len(train)), **how)
     return {
         kind: _Placed(vq(feats, centres)[0], nearest(feats, train, skip=int(kind in own))[:, 0])
         for kind, feats in zip(kinds, sets, strict=True)

@@ -21,6 +21,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -160,8 +161,8 @@ def choose_space(run, ref: Batch) -> FeatureSpace:
     Raises:
         UserError: an unknown name, or one whose weights or labels are lacking.
     """
-    options = {"batch_size": run.batch_size, "progress": True}
-    on_device = options | {"device": dist_util.dev()}
+    options: dict[str, Any] = {"batch_size": run.batch_size, "progress": True}
+    on_device: dict[str, Any] = options | {"device": dist_util.dev()}
     name = run.features
     if name in ("", "inception"):
         weights = find_weights(run.inception_weights)
@@ -247,11 +248,12 @@ def compared(space: FeatureSpace, ref_features: dict) -> np.ndarray:
 def headline(space: FeatureSpace, ref: dict, sample: dict) -> dict[str, float]:
     """The five numbers, officially, of Inception; of another space those that it has, under its name."""
     if space.class_weight is not None:
-        found = [
+        reference, samples = (
             official.Batch(part["pool"], part["spatial"], part.get("stats"), part.get("spatial_stats"))
             for part in (ref, sample)
-        ]
-        return {_name(space, k): v for k, v in official.five_numbers(*found, space.class_weight).items()}
+        )
+        five = official.five_numbers(reference, samples, space.class_weight)
+        return {_name(space, k): v for k, v in five.items()}
     x, y = compared(space, ref), sample["pool"]
     score = {}
     if "probabilities" in sample:

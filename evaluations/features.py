@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -32,6 +32,7 @@ from .user_classifier import SIZE, UserClassifier, to_input, train_user_classifi
 
 GRID = 4  # cells a side that latents are averaged over
 FEWEST = 4  # labelled images a class, so that two are learned from
+Device = th.device | str  # torch takes either
 MOST_LEARNED = 20_000  # images that the user classifier learns from
 ENOUGH = 8  # images a user to learn from; below, or if it names few right, the user classifier is weak
 DINOV2_SIZE = 224
@@ -46,7 +47,7 @@ class FeatureSpace(NamedTuple):
 
     name: str
     fingerprint: str  # changes with any weight
-    extract: Callable[[Batch], dict[str, np.ndarray]]
+    extract: Callable[[Batch], dict[str, Any]]
     about: str = ""  # a sentence without a full stop
     class_weight: np.ndarray | None = None  # (2048, 1008) of Inception's head
     learned: np.ndarray | None = None  # (N,) bool: reference images that the space was learned from
@@ -66,7 +67,9 @@ class FeatureSpace(NamedTuple):
 # ---- the spaces ------------------------------------------------------------------------------------------------------
 
 
-def inception_space(path, *, check: bool = True, batch_size: int = 64, device="cpu", progress=False) -> FeatureSpace:
+def inception_space(
+    path, *, check: bool = True, batch_size: int = 64, device: Device = "cpu", progress=False
+) -> FeatureSpace:
     """Inception of 2015 from its .pb or .pth.
 
     Args:
@@ -142,6 +145,7 @@ def tested(space: FeatureSpace, labels, probabilities) -> tuple[FeatureSpace, li
         the space, and a warning if it is weak: fewer than 8 images a user to learn from, or right less often than 3
         times by chance (of fewer than 5 users, half way from chance to always).
     """
+    assert space.learned is not None
     users, aside = np.unique(labels, return_inverse=True)[1], ~space.learned
     k = int(users.max()) + 1
     right, wanted = float((probabilities.argmax(axis=1) == users)[aside].mean()), min(3 / k, (1 + 1 / k) / 2)
@@ -172,7 +176,7 @@ def saved_user_space(path, **options) -> FeatureSpace:
     return user_space(judge.eval(), about=f"the 64 penultimate activations of the user classifier {path}", **options)
 
 
-def vae_space(vae_path: str, *, batch_size: int = 64, device="cpu", progress=False) -> FeatureSpace:
+def vae_space(vae_path: str, *, batch_size: int = 64, device: Device = "cpu", progress=False) -> FeatureSpace:
     """Means of the posterior, of images at 64 x 64, averaged over a 4 x 4 grid: 16 numbers a latent channel."""
     vae = VAEInterface(vae_path, sample_posterior=False, default_scale=1.0).to(device)
 
@@ -184,7 +188,7 @@ def vae_space(vae_path: str, *, batch_size: int = 64, device="cpu", progress=Fal
     return FeatureSpace("vae", vae.fingerprint, extract, about, size=SIZE)
 
 
-def dinov2_space(path, *, batch_size: int = 64, device="cpu", progress=False) -> FeatureSpace:
+def dinov2_space(path, *, batch_size: int = 64, device: Device = "cpu", progress=False) -> FeatureSpace:
     """The class token after the last norm, of images at 224 x 224 (bicubic, antialiased).
 
     Source:
@@ -255,7 +259,7 @@ def _judged(judge: UserClassifier, images: np.ndarray) -> tuple[th.Tensor, th.Te
 # ---- features kept in a folder ---------------------------------------------------------------------------------------
 
 
-def extracted(space: FeatureSpace, batch: Batch, cache_dir="") -> dict[str, np.ndarray]:
+def extracted(space: FeatureSpace, batch: Batch, cache_dir="") -> dict[str, Any]:
     """The features of a batch, from the cache if they are there, else into it; without a folder nothing is kept."""
     if not cache_dir:
         return space.extract(batch)
@@ -272,7 +276,7 @@ def extracted(space: FeatureSpace, batch: Batch, cache_dir="") -> dict[str, np.n
     return found
 
 
-def _read_cache(path: Path, count: int) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, count: int) -> dict[str, Any] | None:
     """What was kept; None if it is not there, damaged or of another number of images."""
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -47,11 +47,11 @@ class Finding:
     @property
     def place(self) -> float | None:
         """Where the value stands: 0 at the worst, 1 where real images are; None without both ends."""
-        if None in (self.value, self.real, self.worst) or self.real == self.worst:
-            return None
         value, real, worst = self.value, self.real, self.worst
+        if value is None or real is None or worst is None or real == worst:
+            return None
         if self.distance and min(value, real, worst) > 0:
-            value, real, worst = map(math.log, (value, real, worst))
+            value, real, worst = math.log(value), math.log(real), math.log(worst)
         return (value - worst) / (real - worst)
 
     @property
@@ -60,7 +60,7 @@ class Finding:
 
         Also where real images are no better than the worst.
         """
-        if not self.above or None in (self.value, self.real, self.interval):
+        if not self.above or self.value is None or self.real is None or self.interval is None:
             return False
         place = self.place
         return self.interval[0] > self.real and (place is None or abs(place - 1) > 1 - AS_REAL)
@@ -147,4 +147,5 @@ def _cells(f: Finding) -> tuple[str, ...]:
 
 def medians_of(f: Finding, missing: str) -> tuple[str, str]:
     """The two medians as words."""
-    return tuple(f"{median:.3g}" for median in f.medians) if f.medians else (missing, missing)
+    made, real = (f"{median:.3g}" for median in f.medians) if f.medians else (missing, missing)
+    return made, real

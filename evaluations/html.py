@@ -146,7 +146,7 @@ def _section(section: Section) -> str:
             f"<h2>{escape(section.title)}</h2>",
             _findings(section) if section.findings else "",
             *(f'<p class="note">{escape(note)}</p>' for note in section.notes),
-            *(_table(table) for table in section.tables),
+            *(table_of(table) for table in section.tables),
             *(_picture(name, picture) for name, picture in section.pictures.items()),
         ]
     )
@@ -183,7 +183,8 @@ def _bar(place: float | None) -> str:
     return f'<div class="bar" title="{place:.2f}"><span style="left: {left:.0f}%"></span></div>'
 
 
-def _table(table: Table) -> str:
+def table_of(table: Table) -> str:
+    """A table that scrolls by itself where it is wider than the page."""
     head = "".join(f"<th>{escape(str(word))}</th>" for word in table.header)
     rows = "\n".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.title)}</caption>"

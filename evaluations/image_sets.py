@@ -6,13 +6,13 @@ generated ones (centre cropped, then averaged over the area of a pixel), as the 
 
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from guided_diffusion_vae.config import UserError
-from guided_diffusion_vae.data.image_folder import list_files, list_images, read_rgb, refuse
+from guided_diffusion_vae.data.image_folder import ImageFolder, list_files, list_images, read_rgb, refuse
 from guided_diffusion_vae.data.latent_cache import drop_bad_images
 from guided_diffusion_vae.image_datasets import PARTS
 from guided_diffusion_vae.sample_util import read_manifest
@@ -27,8 +27,8 @@ class ImageSet(NamedTuple):
     """Images uint8 (N, H, W, 3), the class of each (N,), and the names of the classes; both None if unlabelled."""
 
     pixels: np.ndarray
-    labels: np.ndarray | None
-    class_names: list[str] | None
+    labels: Any  # np.ndarray; those who need it ask for labelled sets
+    class_names: Any  # list[str]
     files: list[str] | None = None  # of each image, relative to its folder
 
     def joined(self, other: "ImageSet") -> "ImageSet":
@@ -55,11 +55,7 @@ def read_folder(
     Raises:
         UserError: no folder, no images, some that cannot be read, or a folder of splits.
     """
-    try:
-        found = list_images(folder)
-    except UserError as error:
-        raise UserError(str(error).replace("--data_dir", flag)) from error
-    refuse_splits(folder, flag)
+    found = list_folder(folder, flag)
     images, bad, sizes = [], [], []
     try:
         if skip_bad_images:
@@ -70,18 +66,35 @@ def read_folder(
             except UserError as error:
                 bad.append(str(error))
                 continue
-            size = size or image.size[::-1]
-            sizes += [image.size[::-1]] if image.size[::-1] != size else []
-            images.append(np.asarray(ImageOps.fit(image, size[::-1], method=Image.Resampling.BOX)))
+            own = image.height, image.width
+            size = size or own
+            sizes += [own] if own != size else []
+            images.append(np.asarray(ImageOps.fit(image, (size[1], size[0]), method=Image.Resampling.BOX)))
         refuse(bad, len(found.paths))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
-    if sizes:
+    if sizes and size:
         (height, width), (rows, columns) = sizes[0], size
         count = f"{len(sizes)} of {len(images)} images"
         say(f"{flag}: {count} have another size, such as {height} x {width}: brought to {rows} x {columns}")
     files = [Path(path).relative_to(folder).as_posix() for path in found.paths]
     return ImageSet(np.stack(images), np.array(found.labels), found.class_names, files)
+
+
+def list_folder(folder, flag: str) -> ImageFolder:
+    """The images of a folder, one subfolder a user (or upstream's `name_rest.png`); none is read.
+
+    Args:
+        flag: what an error calls the folder.
+    Raises:
+        UserError: no folder, no images, or a folder of splits.
+    """
+    try:
+        found = list_images(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--data_dir", flag)) from error
+    refuse_splits(folder, flag)
+    return found
 
 
 def refuse_splits(folder, flag: str) -> None:
@@ -182,7 +195,8 @@ def _read_npz(path) -> tuple[np.ndarray, np.ndarray | None]:
             if "arr_0" not in names:
                 has = f"has {', '.join(names)}" if names else "is empty"
                 raise UserError(f"{at} {has}, but no arr_0: the images, uint8 (N, height, width, 3)")
-            pixels, labels = (read_member(archive, n, at) if n in names else None for n in ("arr_0", "arr_1"))
+            pixels = read_member(archive, "arr_0", at)
+            labels = read_member(archive, "arr_1", at) if "arr_1" in names else None
             return pixels, labels
     except UserError:  # a ValueError, too
         raise

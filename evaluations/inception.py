@@ -47,7 +47,7 @@ def features_of(model: InceptionV3, pixels, *, batch_size: int = 64, progress=Fa
         tqdm(total=total, desc="Inception", unit="image", disable=None if progress else True) as bar,
     ):
         for part in _parts(batches, batch_size):
-            images = th.from_numpy(np.require(part, requirements="CW")).to(model.fc.weight.device)
+            images = th.from_numpy(np.require(part, requirements=["C", "W"])).to(model.fc.weight.device)
             found = model(images.permute(0, 3, 1, 2))
             pool.append(found.pool.cpu().numpy())
             spatial.append(found.spatial.cpu().numpy())
@@ -105,7 +105,8 @@ def load_inception(path, *, check: bool = True) -> InceptionV3:
         model.load_state_dict({**state, **_fitted(path, found, state)})
     except UserError as error:
         raise UserError(f"--inception_weights: {error}") from error
-    return model.to(memory_format=th.channels_last)  # 1.6 times as fast on a CPU
+    # 1.6 times as fast on a CPU
+    return model.to(memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
 
 
 def graph_names() -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -152,7 +152,7 @@ class Features(NamedTuple):
 class ConvNormReLU(nn.Module):
     """relu(norm(conv(x))), the norm with the statistics of training."""
 
-    def __init__(self, channels: int, out: int, kernel, stride=1, padding=0):
+    def __init__(self, channels: int, out: int, kernel, stride=1, padding: int | tuple[int, int] = 0):
         super().__init__()
         self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=0.001)

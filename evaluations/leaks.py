@@ -16,7 +16,7 @@ median and their highest tenth.
 import re
 from itertools import combinations
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -56,7 +56,7 @@ class Twins(NamedTuple):
 class Small(NamedTuple):
     """The small pictures of a set, ready to be correlated in place and over shifts."""
 
-    labels: np.ndarray | None
+    labels: Any  # np.ndarray, or None
     in_place: th.Tensor
     grain: th.Tensor
     digests: list[bytes]  # of the pictures themselves
@@ -149,7 +149,8 @@ def shifted_twins(images: Small, others: Small) -> Twins:
 
 def _twins(images: Small, a, others: Small, b, compare, limits) -> Twins:
     """The nearest, a block of pairs at a time, and the border from the nearest of other users."""
-    named = images.labels is not None and others.labels is not None and len(set(others.labels)) > 1
+    labelled = all(labels is not None for labels in (images.labels, others.labels))
+    named = labelled and len(set(others.labels)) > 1
     alike, chance = th.full((len(a),), -1.0), th.full((len(a),), -1.0)
     place, shift = th.zeros(len(a), dtype=th.long), th.zeros(len(a), dtype=th.long)
     for i in range(0, len(a), BLOCK):

@@ -15,6 +15,7 @@ if not __package__:  # run as a file: its folder must not hide Python's own html
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def make_reference(batch: Batch, space: FeatureSpace | None, *, num_images: int,
     return reference
 
 
-def save_reference(path, reference: dict[str, np.ndarray]) -> None:
+def save_reference(path, reference: dict[str, Any]) -> None:
     """Write the .npz, whole or not at all, in a folder that is made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as handle:

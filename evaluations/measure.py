@@ -46,13 +46,21 @@ class EvaluationConfig:
 
 
 def evaluate(
-    train: ImageSet, heldout: ImageSet, samples: ImageSet, *, epochs: int = 20, seed: int = 0, progress: bool = False
+    train: ImageSet,
+    heldout: ImageSet,
+    samples: ImageSet,
+    *,
+    epochs: int = 20,
+    seed: int = 0,
+    progress: bool = False,
+    keep=lambda named: None,
 ) -> Report:
     """The whole report.
 
     Args:
         train: what the generator learned from; heldout: the same users in other sessions; samples: generated images,
             unlabelled if nobody said whom they show. All numbered by the class list of `train`.
+        keep: given the users that the judge names, by the set of images (GENERATED, OTHER, ...).
     Raises:
         UserError: too few users or images to judge by.
     """
@@ -73,6 +81,7 @@ def evaluate(
     shuffled = heldout._replace(pixels=shuffle_pixels(heldout.pixels, rng))
     sets = {GENERATED: samples, SAME: train.take(aside), OTHER: heldout, SHUFFLED: shuffled}
     judged = {name: judge.judge(images.pixels) for name, images in sets.items()}
+    keep({name: judgement.users for name, judgement in judged.items()})
     compared = min(len(aside), len(samples.pixels), len(heldout.pixels))
     right = {name: judged[name].users == images.labels for name, images in sets.items() if images.labels is not None}
     with warnings.catch_warnings(record=True) as caught:

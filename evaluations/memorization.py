@@ -17,7 +17,7 @@ picture moved along time is far from where it was, so only its twin is seen; a g
 passes all of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -139,7 +139,7 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
     ends = {kind: kinds[kind] for kind in ("value", "real", "worst")}
     copied, compared = compare(ends, learned, own=own, seed=seed)
     about = f"nearness to training images against that of real ones, {compared} of each: 0 if as near, below if copied"
-    numbers = {kind: c.value for kind, c in copied.items()}
+    numbers: dict[str, Any] = {kind: c.value for kind, c in copied.items()}
     findings.append(Finding(name="C_T", **numbers, worst_is=COPIES, form="{:.1f}", about=about))
 
     small, made, real = (make_small(images, colormap) for images in (train, samples, heldout))
@@ -209,7 +209,7 @@ def _by_distance(found: dict[str, Near], among: Near, several: int, seed: int) -
 
 def _usual(found: dict[str, Near]) -> float:
     """The median distance of real images of the same sessions to their nearest training image; above 0."""
-    return max(float(np.median(found["real"].distances[:, 0])), np.finfo(np.float32).tiny)
+    return max(float(np.median(found["real"].distances[:, 0])), float(np.finfo(np.float32).tiny))
 
 
 def _beyond_sessions(twins: Found, aside: Found) -> Found:

@@ -70,7 +70,7 @@ def detect_colormap(pixels: np.ndarray, *, most: int = 64) -> str:
     """The known colour map nearest to images (N, H, W, 3), by the mean distance of their pixels; else "luminance"."""
     some = pixels[:: max(1, len(pixels) // most), ::2, ::2]
     residual = {name: float(values_of(some, name)[1].mean()) for name in ANCHORS}
-    best = min(residual, key=residual.get)
+    best = min(residual, key=residual.__getitem__)
     return best if residual[best] < OFF_THE_MAP else LUMINANCE
 
 
@@ -104,12 +104,12 @@ def find_axes(pixels: np.ndarray, colormap: str) -> tuple[Axes, bool]:
 
 def thumbnails(pixels: np.ndarray, colormap: str, size: tuple[int, int]) -> np.ndarray:
     """Values in [0, 1] of images (N, H, W, 3), averaged over area to at most `size`: float32 (N, rows, columns)."""
-    size = tuple(min(most, side) for most, side in zip(size, pixels.shape[1:3], strict=True))
+    rows, columns = (min(most, side) for most, side in zip(size, pixels.shape[1:3], strict=True))
     step = max(1, BLOCK // (pixels.shape[1] * pixels.shape[2]))
     parts = []
     for i in range(0, len(pixels), step):
         values = values_of(pixels[i : i + step], colormap)[0].astype(np.float32)
-        parts.append(F.interpolate(th.from_numpy(values)[:, None], size=size, mode="area")[:, 0].numpy())
+        parts.append(F.interpolate(th.from_numpy(values)[:, None], size=(rows, columns), mode="area")[:, 0].numpy())
     return np.concatenate(parts)
 
 
@@ -294,7 +294,7 @@ def physics(
                 about=about,
                 distance=True,
                 caveat=caveat,
-                medians=tuple(float(np.median(column[key])) for key in ("samples", "heldout")),
+                medians=(float(np.median(column["samples"])), float(np.median(column["heldout"]))),
             )
         )
         ratios.append(distances[:, 0] / np.maximum(distances[:, 1], 0.05))

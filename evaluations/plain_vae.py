@@ -32,8 +32,8 @@ def measure_plain(task, images, folder, *, seed: int = 0, say=print) -> dict[str
         _, terms, _ = task.loss(batch, noise, 0)
         sums = {name: value + len(batch) * float(terms[name]) for name, value in sums.items()}
         recon = task.reconstruct(batch)
-        pair = [to_pixels(x.expand(-1, 3, -1, -1)) for x in (batch, recon)]
-        found.append((*pair, psnr(*pair), ssim(*pair)))
+        before, after = (to_pixels(x.expand(-1, 3, -1, -1)) for x in (batch, recon))
+        found.append((before, after, psnr(before, after), ssim(before, after)))
     before, after, decibels, similar = (np.concatenate(column) for column in zip(*found, strict=True))
     numbers = {name: value / len(images) for name, value in sums.items()}
     numbers |= {"psnr_db": float(decibels.mean()), "ssim": float(similar.mean()), "images": len(images)}

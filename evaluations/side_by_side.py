@@ -1,5 +1,7 @@
 """Generated images beside real and broken ones, all against the same real images and at one number."""
 
+from typing import Any
+
 import numpy as np
 
 from . import official
@@ -53,7 +55,7 @@ def at_the_same_number(space: FeatureSpace, x, y, worst, *, seed: int) -> tuple[
     ]
     found.setdefault("worst", dict.fromkeys(Fidelity._fields, 0.0))
     for score in (f"KID{end}", *Fidelity._fields):
-        ends = {role: values.get(score) for role, values in found.items()}
+        ends: dict[str, Any] = {role: values.get(score) for role, values in found.items()}
         label = score if score.startswith("KID") else f"{score.capitalize()}{end}"
         findings.append(Finding(name=label + each, about=f"{half} against {half} images", **ends))
     ratio = distance / floor.mean if floor.mean > 0 else None

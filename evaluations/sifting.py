@@ -246,7 +246,7 @@ def sifting(
         ),
         Table(title="Why pictures were rejected", header=["reason", "generated", "real, held out"], rows=counted),
     ]
-    if labelled:
+    if labelled and samples.labels is not None:
         users = [train.class_names[user] if train.class_names else str(user) for user in np.unique(samples.labels)]
         notes += _left_with_few(dict(zip(users, rates.tolist(), strict=True)))
         rows = [[user, f"{rate:.0%}"] for user, rate in zip(users, rates, strict=True)]

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg.lapack import dpstrf  # pyright: ignore[reportAttributeAccessIssue]  # compiled: not declared
 
 BLOCK = 1024  # rows at a time
 ROWS = 4096  # of which a covariance is summed at a time; fewer spend their time on adding up matrices

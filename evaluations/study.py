@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from guided_diffusion_vae.checkpoint import atomic_write, save_csv
+from guided_diffusion_vae.checkpoint import save_csv
+from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.plotting import new_figure, save_figure
 
 from .findings import Finding, Section, Table
 from .html import write_json
@@ -226,10 +228,9 @@ class Study:
     def plot(self, path) -> bool:
         """Draw accuracy over k as a PNG; False, and nothing is drawn, without matplotlib (the extra [plots])."""
         try:
-            from matplotlib.figure import Figure
-        except ImportError:
+            figure = new_figure(7, 4.5, layout="constrained")
+        except UserError:
             return False
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for arm in ARMS:
             rows = [row for row in self.rows() if row["arm"] == arm]
@@ -252,8 +253,7 @@ class Study:
             ylim=(0, None),
         )
         axes.legend(fontsize=8)
-        with atomic_write(path) as handle:
-            figure.savefig(handle, format="png", dpi=110)
+        save_figure(figure, path, dpi=110)
         return True
 
 

@@ -75,7 +75,7 @@ class UserClassifier(nn.Module):
         return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-def _conv(channels: int, out: int, kernel: int, stride=1) -> list[nn.Module]:
+def _conv(channels: int, out: int, kernel: int, stride: int | tuple[int, int] = 1) -> list[nn.Module]:
     conv = nn.Conv2d(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(out), nn.ReLU()]
 

@@ -25,6 +25,7 @@ from .measure import EvaluationConfig, evaluate, refuse_too_few
 from .memorization import memorization
 from .metric_learning import DEFAULT_LOSS, LOSSES
 from .physics import physics
+from .plots import with_confusion
 from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report, comparison
 from .sifting import METHODS, Sifted, Sifter, sifting, write_accept_list
 from .verification import split_users, verify
@@ -79,6 +80,7 @@ def validate(
     progress=False,
     say=print,
     keep=lambda sections: None,
+    plot: bool = False,
 ) -> dict[str, Section]:
     """Every chosen part under its name; before them all what they say in short, and real beside generated images.
 
@@ -86,6 +88,7 @@ def validate(
         train, heldout, samples: see `measure.evaluate`.
         say: told which part begins, how long it took, and every section as soon as it is there.
         keep: given all that is there, in short before it, after every part, so that a later fault loses nothing.
+        plot: draw the confusion of the classifier's part with each user's accuracy, instead of the matrices alone.
     Raises:
         UserError: too few users or images, before anything is learned.
     """
@@ -102,6 +105,8 @@ def validate(
         sections[part] = PARTS[part](train, heldout, samples, config, progress)
         say(f"part {number} of {len(config.chosen)}, {part}: {perf_counter() - start:.0f} s")
         say(str(sections[part]))
+        if plot and part == "classifier":
+            with_confusion(sections[part], train.class_names, say)
         short = in_short(list(sections.values()), config.chosen[number:], beware)
         found = {"in short": short, "beside": beside, **sections}
         if not short.notes:
@@ -237,7 +242,7 @@ class Target(NamedTuple):
 
 
 def _below_noise(fd: Finding, floor) -> bool:
-    return fd.value < FD_TARGET and fd.worst is not None and fd.value < fd.worst
+    return fd.value is not None and fd.value < FD_TARGET and fd.worst is not None and fd.value < fd.worst
 
 
 def _noise(fd: Finding, floor) -> str:

@@ -15,9 +15,11 @@ data          data.microdoppler, data.gait, data.spectrogram, data.image_folder,
               data.stream (order and noise of a step), data.latent_cache, data.latent_shards and .latent_extract,
               image_datasets
 loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
-              vae_tasks, vae_train_util, vae_infer_util
+              vae_tasks, vae_train_util, vae_infer_util; plotting, on pictures: what --plot True draws
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
               trained: a model again, compiling: faster; guides: a weaker network, a classifier; noised_classifier
+              generation: all of them at work; api: the same from Python
+              diffusers_export and _import, on diffusers_unet, _dit, _process, _card: folders of diffusers, and back
               pipeline, stages: the scripts one after the other
               cli: the command gdvae, each script under a short name; doctor, on machine_facts: what is broken here
 
@@ -27,6 +29,8 @@ Arrows point down only: a room may import from its own floor or a lower one (tes
 import sys
 
 from .quick_help import install, is_help
+
+__version__ = "0.1.0"  # setup.py and the newest part of CHANGELOG.md follow it
 
 if is_help(sys.argv):
     install()

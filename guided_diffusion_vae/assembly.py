@@ -13,7 +13,7 @@ import torch as th
 from . import dist_util, samplers
 from .config import Run, UserError
 from .denoiser import denoiser_of
-from .dit import DiTConfig, create_dit
+from .dit import DiTConfig, LightningDiT, create_dit
 from .estimate import Estimate, estimate
 from .flow_matching import FlowConfig, FlowMatching
 from .guidance import GuidanceConfig
@@ -31,6 +31,7 @@ from .script_util import (
     create_model_vae,
 )
 from .train_config import ema_rates, in_bfloat16
+from .unet import UNetModel
 
 PREVIEW_STEPS = 25  # enough to show where training stands
 FEW_STEPS = 20  # what DPM-Solver++ and UniPC need
@@ -103,7 +104,7 @@ def settings_of(run: Run, section) -> dict:
     return {field.name: getattr(run, field.name) for field in fields(section)}
 
 
-def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:
+def create_network(run: Run, vae, *, num_classes: int = NUM_CLASSES) -> UNetModel | LightningDiT:
     """The network that the flags name, for the latents of `vae`.
 
     Args:

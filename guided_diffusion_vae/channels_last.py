@@ -12,6 +12,8 @@ The numbers are those of the usual formulas, with sums in another order, and the
 square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
 """
 
+from typing import Any
+
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,12 +93,12 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def pointwise(x: th.Tensor, conv: nn.Module) -> th.Tensor:
+def pointwise(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 1x1 convolution, of one or two dimensions, of x (N, C, H, W), channels innermost: a product of matrices."""
     return as_image(F.linear(rows(x), conv.weight.flatten(1), conv.bias), x)
 
 
-def upsample_conv(x: th.Tensor, conv: nn.Conv2d) -> th.Tensor:
+def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 3x3 convolution of x (N, C, H, W), channels innermost, made twice as large by repeating its pixels."""
     n, _, h, w = x.shape
     weight = _halves(_halves(conv.weight, 3), 2).contiguous(memory_format=th.channels_last)

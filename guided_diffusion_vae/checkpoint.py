@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -54,7 +55,7 @@ def atomic_write(path):
 def sweep(folder) -> list[str]:
     """Remove what killed processes left half written in a folder, down to two below it; returns the files' names."""
     places = (path for below in ("", "*/", "*/*/") for path in Path(folder).glob(f"{below}.*.tmp-*"))
-    left = [path for path in places if re.fullmatch(r"\..+\.tmp-\d+", path.name)]
+    left = [path for path in places if re.fullmatch(r"\..+\.tmp-\d+", path.name) and not path.is_dir()]
     for path in left:
         path.unlink(missing_ok=True)
     return [path.name for path in left]
@@ -74,7 +75,7 @@ def _save_error(path: Path, error: Exception) -> Exception:
     if isinstance(error, RuntimeError) and "unexpected pos" not in str(error) and "write" not in str(error):
         return error  # not a disk's fault
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, RuntimeError)
-    why = "the disk is full" if full else (error.strerror or str(error))
+    why = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
     return SaveError(f"cannot write {path}: {why}; earlier checkpoints are intact. Free space or choose another folder")
 
 
@@ -106,7 +107,7 @@ def digest(path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def load(path, map_location="cpu"):
+def load(path, map_location: th.device | str = "cpu") -> Any:
     """Read what `save` (or upstream) wrote: tensors and plain values, never code.
 
     Raises:
@@ -148,7 +149,7 @@ def refuse_flipped(path: Path) -> None:
         raise UserError(f"{path} is damaged: its part {wrong} does not have the checksum it was written with")
 
 
-def load_state_dict(path, map_location="cpu") -> dict[str, th.Tensor]:
+def load_state_dict(path, map_location: th.device | str = "cpu") -> dict[str, th.Tensor]:
     """Read a state_dict, also from under a `state_dict` key (Lightning's layout).
 
     Raises:

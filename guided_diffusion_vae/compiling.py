@@ -33,7 +33,8 @@ def compile_network(model: th.nn.Module, say: Callable[[str], object], *, backen
     torch._dynamo.config.suppress_errors = True  # what fails to compile runs as before, with its warning
     settings.freezing = on_cpu
     if on_cpu:
-        model.to(memory_format=th.contiguous_format)  # from which the compiler makes a better layout than ours
+        # from which the compiler makes a better layout than ours
+        model.to(memory_format=th.contiguous_format)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
     compiled, sizes = th.compile(model.forward, dynamic=False, backend=backend), set()
 
     def forward(x, t, **cond):

@@ -23,7 +23,7 @@ import sys
 import tokenize
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -79,7 +79,7 @@ def reader_of(default: Any):
     return str2bool if isinstance(default, bool) else type(default)
 
 
-def words_of(text: str) -> tuple[str, ...]:
+def words_of(text: Any) -> tuple[str, ...]:
     """`3,7` as its words."""
     return tuple(word.strip() for word in str(text).split(",") if word.strip())
 
@@ -123,6 +123,9 @@ def field_help(section) -> dict[str, str]:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which suggests the nearest flag."""
 
+    sections: tuple = ()  # whose fields are its flags
+    elsewhere: set[str] = set()  # keys of recipes that are for other scripts
+
     def error(self, message: str):
         raise UserError(message)
 
@@ -142,7 +145,7 @@ def did_you_mean(word: str, known) -> str:
 
 
 def add_dict_to_argparser(
-    parser: argparse.ArgumentParser, default_dict: dict[str, Any], notes=None, aliases=None
+    parser: argparse._ActionsContainer, default_dict: dict[str, Any], notes=None, aliases=None
 ) -> None:
     """Add one `--name` flag per entry, typed by its default (upstream's rule: None is a string).
 
@@ -162,7 +165,7 @@ class _Words(argparse.Action):
     """Collects `--users 1 2,3` as (1, 2, 3)."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(word for part in values for word in part))
+        setattr(namespace, self.dest, tuple(word for part in values or () for word in part))
 
 
 def args_to_dict(args, keys) -> dict[str, Any]:
@@ -207,6 +210,10 @@ class Run:
         self.dry_run, self.debug, self.config = control.dry_run, control.debug, control.config
         for section in sections:
             self.section(section)  # its __post_init__ is the check
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # a setting: which there are, the sections say
 
     def section(self, cls):
         """The settings of one section as its (checked) dataclass."""

@@ -48,7 +48,9 @@ class Denoiser:
     interval: tuple[float, float]
     output_has_variance = False
 
-    def __init__(self, process, model: Model, clip_denoised: bool, model_kwargs: dict | None, cond_fn: Model | None):
+    def __init__(
+        self, process, model: Model | None, clip_denoised: bool, model_kwargs: dict | None, cond_fn: Model | None
+    ):
         self.process, self.model, self.cond_fn = process, model, cond_fn
         self.clip_denoised, self.model_kwargs = clip_denoised, model_kwargs or {}
 
@@ -100,6 +102,7 @@ class Denoiser:
     def guess(self, x: th.Tensor, point: Point) -> th.Tensor:
         """x_start at x, (N, ...), and a point; one call of the network."""
         t = th.full((len(x),), point.seen, dtype=th.promote_types(x.dtype, th.float32), device=x.device)
+        assert self.model is not None
         output = self.model(x, t, **self.model_kwargs)
         if self.output_has_variance:
             assert output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]), "a learned variance needs 2C channels"
@@ -197,7 +200,7 @@ class _FlowDenoiser(Denoiser):
 
 def denoiser_of(
     process: GaussianDiffusion | FlowMatching,
-    model: Model,
+    model: Model | None,
     *,
     clip_denoised: bool = False,
     model_kwargs: dict | None = None,
@@ -209,7 +212,7 @@ def denoiser_of(
         process: a GaussianDiffusion whose network predicts x_start, noise or v; or a FlowMatching. Of a SpacedDiffusion
             only the kept times are known, so give the whole process where num_steps is to choose the times.
         model: (x, t, **model_kwargs) -> prediction; t is a float, scaled as the process does. A learned variance is
-            dropped.
+            dropped. None: only the times will be asked for.
         clip_denoised: clamp each guess of x_start to [-1, 1].
         cond_fn: (x, t, **model_kwargs) -> the gradient of a log-probability, at the t that the model sees; or None.
     Raises:

@@ -15,8 +15,9 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -32,7 +33,10 @@ PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out 
 READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does
 
 _store = None  # the rendezvous of this job; failing processes find each other through it
-_words = None  # the group that plain values travel by: always CPU, so that asking costs no GPU synchronisation
+_words: Any = None  # the group that plain values travel by: always CPU, so that asking costs no GPU synchronisation
+
+
+T = TypeVar("T")
 
 
 class EnvironmentFault(RuntimeError):
@@ -53,7 +57,7 @@ class Launch(NamedTuple):
     local_size: int
 
 
-def detect_launch(env=None) -> Launch:
+def detect_launch(env: Any = None) -> Launch:
     """Read the launcher's environment (facts measured for torchrun, MPICH 5, Open MPI 5, srun)."""
     env = os.environ if env is None else env
 
@@ -148,6 +152,7 @@ def _rendezvous_by_environment(me: Launch) -> tuple[str, int]:
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: `gpu[03-05,9],cpu1` -> `gpu03`."""
     found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?", nodelist)
+    assert found, nodelist
     return found.group(1) + (found.group(2) or "")
 
 
@@ -176,11 +181,11 @@ def load_state_dict(path, **kwargs):
     return rank0_first(lambda: checkpoint.load(path, **kwargs))
 
 
-def rank0_first(function):
+def rank0_first(function: Callable[[], T]) -> T:
     """Collective: call on every process. Rank 0 computes, all receive its value, or its error."""
     if world_size() == 1:
         return function()
-    answer = [None, None]
+    answer: list[Any] = [None, None]
     if rank() == 0:
         try:
             answer[0] = function()
@@ -235,8 +240,9 @@ def run_main(main) -> None:
     0 done, 2 the user's input, 3 the environment, 4 training failed, 5 a peer was lost, 75 stopped and saved.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the run
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:  # a name that the terminal cannot show must not end the run
+            reconfigure(errors="backslashreplace")
     try:
         main()
         code = EXIT_DONE

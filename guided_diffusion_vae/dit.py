@@ -13,6 +13,7 @@ off they are DiT's and SiT's. Time is t in [0, 1] as it comes, not multiplied by
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -67,6 +68,9 @@ class RotaryEmbedding2D(nn.Module):
     Products of queries and keys then depend on the distance of their tokens only. Source: Su et al. 2021, equation 34.
     """
 
+    freqs_cos: th.Tensor
+    freqs_sin: th.Tensor
+
     def __init__(self, head_dim, grid):
         super().__init__()
         half = head_dim // 2
@@ -102,7 +106,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_size), SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(t, TIME_FREQUENCIES).type(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_embedding(t, TIME_FREQUENCIES).type(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -180,7 +185,7 @@ class LightningDiTBlock(nn.Module):
         x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rope)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
-    def _modulation(self, c):
+    def _modulation(self, c) -> tuple[Any, ...]:
         parts = self.adaLN_modulation(c)[:, None].chunk(4 if self.wo_shift else 6, dim=-1)  # (N, 1, d) each
         return (0, *parts[:2], 0, *parts[2:]) if self.wo_shift else parts
 
@@ -257,11 +262,13 @@ class LightningDiT(nn.Module):
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))  # a patch is one vector
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        embeddings: list[Any] = [self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
+        for layer in embeddings:
             nn.init.normal_(layer.weight, std=0.02)
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
+        modulated: list[Any] = [*self.blocks, self.final_layer]
+        for layer in (*(part.adaLN_modulation[1] for part in modulated), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
     @property
@@ -304,7 +311,8 @@ class LightningDiT(nn.Module):
         y = th.full_like(t, self.null_label, dtype=th.long) if y is None else y
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # (N, d)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, L, d)
-        dtype = self.blocks[0].attn.qkv.weight.dtype  # a half after convert_to_fp16
+        first: Any = self.blocks[0]
+        dtype = first.attn.qkv.weight.dtype  # a half after convert_to_fp16
         h, condition = tokens.type(dtype), c.type(dtype)
         for block in self.blocks:
             h = checkpoint(block, (h, condition, self.feat_rope), block.parameters(), self.use_checkpoint)

@@ -16,6 +16,7 @@ import os
 import time
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class Estimate:
 
 def estimate(
     model: th.nn.Module,
-    latent_shape: tuple[int, int, int],
+    latent_shape: tuple[int, ...],
     *,
     batch_size: int,
     microbatch: int,
@@ -152,8 +153,8 @@ def _as_trained(model, half):
     return model
 
 
-def _inputs(n, latent_shape, classes, device="meta"):
-    like = {"device": device}
+def _inputs(n, latent_shape, classes, device: th.device | str = "meta"):
+    like: dict[str, Any] = {"device": device}
     return th.empty(n, *latent_shape, **like), th.empty(n, **like), th.empty(n, **like).long() if classes else None
 
 

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -322,7 +322,7 @@ class FlowMatching(FlowConfig):
         start, _ = self._interval(self.sample_eps)
         if diffusion_form == "sbdm" and self.path_type != "vp":
             start = max(start, CLEARANCE)
-        rest = max(self.sample_eps, CLEARANCE) if last_step == "none" else last_step_size
+        rest = max(self.sample_eps or 0.0, CLEARANCE) if last_step == "none" else last_step_size
 
         def w(t):
             return DIFFUSION_FORMS[diffusion_form](t, PATHS[self.path_type](t), diffusion_norm)
@@ -398,7 +398,7 @@ class FlowMatching(FlowConfig):
 
     # ---- times
 
-    def _interval(self, eps):
+    def _interval(self, eps) -> tuple[float, float]:
         """Where the path may be evaluated; vp has alpha > 0 at pure noise, so only its data end is singular."""
         return 0.0 if self.path_type == "vp" else eps, 1.0 - eps
 
@@ -436,7 +436,7 @@ def _integrate(field: Field, x, times, method, atol=1e-6, rtol=1e-3, progress=Fa
     return x
 
 
-def _odeint():
+def _odeint() -> Callable[..., Any]:
     try:
         from torchdiffeq import odeint
     except ImportError as error:

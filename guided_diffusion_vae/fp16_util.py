@@ -86,6 +86,7 @@ def master_params_to_state_dict(
     """A float32 state_dict of the model with the masters' values."""
     state_dict = model.state_dict()
     if use_fp16:
+        assert param_groups_and_shapes is not None
         for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
             for (name, _), values in zip(group, unflatten_master_params(group, master.detach()), strict=True):
                 state_dict[name] = values
@@ -99,7 +100,7 @@ def state_dict_to_master_params(model: nn.Module, state_dict: dict[str, th.Tenso
     """The masters that a state_dict of the model holds."""
     if use_fp16:
         named = [(name, state_dict[name]) for name, _ in _trained(model)]
-        return make_master_params(get_param_groups_and_shapes(named))
+        return [*make_master_params(get_param_groups_and_shapes(named))]
     return [state_dict[name] for name, _ in model.named_parameters()]
 
 
@@ -182,6 +183,7 @@ class MixedPrecisionTrainer:
         return self._optimize_fp16(opt) if self.use_fp16 else self._optimize_normal(opt)
 
     def _optimize_fp16(self, opt):
+        assert self.param_groups_and_shapes is not None
         logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
         model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
         grad_norm, param_norm = self._compute_norms(grad_scale=2**self.lg_loss_scale)
@@ -191,7 +193,8 @@ class MixedPrecisionTrainer:
         self.overflows = 0
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
-        th._foreach_mul_([param.grad for param in self.master_params], 1.0 / 2**self.lg_loss_scale)
+        gradients = [param.grad for param in self.master_params if param.grad is not None]
+        th._foreach_mul_(gradients, 1.0 / 2**self.lg_loss_scale)
         self._clip(grad_norm)
         opt.step()
         zero_master_grads(self.master_params)

@@ -118,6 +118,7 @@ class GuidedModel:
         if self.weaker is not None:
             strong, weak = (model(x, t, *label, **kwargs) for model in (self.model, self.weaker))
         else:
+            assert y is not None and self.null_label is not None
             labels = th.cat([y, th.full_like(y, self.null_label)])
             strong, weak = self.model(th.cat([x, x]), th.cat([t, t]), labels, **kwargs).chunk(2)
         C = x.shape[1]

@@ -22,9 +22,13 @@ from .sample_util import SamplingConfig
 from .score_matching import GuidedNoise
 from .trained import NETWORK, load_network, run_of_model
 
-PREDICTS = {"gaussian": ("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart", "predict_v")}
-PREDICTS["gaussian"] += ("zero_terminal_snr",)
-PREDICTS["flow"] = "path_type", "prediction"
+PREDICTS: dict[str, tuple[str, ...]] = {
+    "gaussian": (
+        *("diffusion_steps", "noise_schedule", "rescale_timesteps"),
+        *("predict_xstart", "predict_v", "zero_terminal_snr"),
+    ),
+    "flow": ("path_type", "prediction"),
+}
 OF_THIS_RUN = {"use_fp16", "use_checkpoint", "timestep_respacing", "timestep_shift"}  # how it is walked, not what it is
 
 

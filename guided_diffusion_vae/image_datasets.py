@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -22,7 +23,7 @@ from .config import UserError
 from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb
 from .data.latent_cache import MomentsDataset, cached_moments, drop_bad_images
 from .data.latent_shards import LatentShards, find_shards
-from .data.stream import POSTERIOR, SEEN, BatchStream, mix, slot_randn
+from .data.stream import POSTERIOR, SEEN, BatchStream, Rows, mix, slot_randn
 from .vae_wrapper import warn_unless_unit_variance
 
 PARTS = "train", "training", "val", "valid", "validation", "test", "heldout"  # names of folders that hold no person
@@ -161,10 +162,11 @@ class ImageDataset(Dataset):
 def _scaled(pil_image: Image.Image, shorter_side: int) -> np.ndarray:
     """Scale so that the shorter side has this length: box filter by halves first, then bicubic."""
     while min(pil_image.size) >= 2 * shorter_side:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), resample=Image.Resampling.BOX)
+        width, height = pil_image.size
+        pil_image = pil_image.resize((width // 2, height // 2), resample=Image.Resampling.BOX)
     scale = shorter_side / min(pil_image.size)
-    size = tuple(round(side * scale) for side in pil_image.size)
-    return np.array(pil_image.resize(size, resample=Image.Resampling.BICUBIC))
+    width, height = (round(side * scale) for side in pil_image.size)
+    return np.array(pil_image.resize((width, height), resample=Image.Resampling.BICUBIC))
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
@@ -285,13 +287,13 @@ class LatentStream(Iterator):
 
     def rows(self, count: int, *, seed: int) -> "HeldOut":
         """At most so many rows, a seeded choice, none mirrored, in the form in which held-out data are judged."""
-        dataset = copy.copy(self.images.order.dataset)
+        dataset: Any = copy.copy(self.images.order.dataset)
         dataset.random_flip = False
         chosen = np.random.default_rng(mix(seed, SEEN)).permutation(len(dataset))[:count]
         return HeldOut(dataset, self.labels, self.vae, chosen)
 
 
-def posterior_of(batch: th.Tensor, dataset: Dataset, vae) -> tuple[th.Tensor, th.Tensor | None]:
+def posterior_of(batch: th.Tensor, dataset: Rows, vae) -> tuple[th.Tensor, th.Tensor | None]:
     """Mean and standard deviation, as model latents, of a batch of a dataset; None for what is drawn or certain."""
     if vae.is_pixel:
         return batch, None
@@ -355,7 +357,7 @@ class HeldOut:
         chosen: the indices of the rows that count; None is all.
     """
 
-    def __init__(self, dataset: Dataset, labels: np.ndarray | None, vae, chosen: np.ndarray | None = None):
+    def __init__(self, dataset: Rows, labels: np.ndarray | None, vae, chosen: np.ndarray | None = None):
         self.dataset, self.labels, self.vae = dataset, labels, vae
         self.chosen = np.arange(len(dataset)) if chosen is None else chosen
 
@@ -404,6 +406,7 @@ def load_heldout(
         labels = labels_in(class_names, found, data_dir) if class_cond else None
         if isinstance(dataset, ImageDataset) and cache_latents and not vae.is_pixel:
             cache = str(Path(latent_cache) / "heldout") if latent_cache else ""  # beside that of the training images
+            assert isinstance(found, ImageFolder)
             dataset = cached_moments(dataset, found, vae, Path(data_dir), cache, say)
         return HeldOut(dataset, labels, vae)
 

@@ -14,6 +14,7 @@ import torch as th
 import torch.nn as nn
 
 from . import checkpoint
+from .autoencoders.kl import KLAutoencoder
 from .config import UserError
 from .vae_wrapper import LatentScale, VAEInterface, fingerprint, read_metadata
 
@@ -50,6 +51,10 @@ class Moments:
 
 class Transport(nn.Module):
     """z -> z + amount (T(z) - z): the identity at 0, the statistics of the target at 1."""
+
+    step: th.Tensor
+    source_mean: th.Tensor
+    shift: th.Tensor
 
     def __init__(self, source: Moments, target: Moments):
         super().__init__()
@@ -94,7 +99,7 @@ def save_latents(folder: Path, latents, labels, vae: VAEInterface) -> Path:
     return path
 
 
-def read_latents(path: str, model: nn.Module) -> th.Tensor:
+def read_latents(path: str, model: KLAutoencoder) -> th.Tensor:
     """Raw latents (N, C, h, w) of a KL autoencoder from a file that `save_latents` wrote.
 
     Raises:

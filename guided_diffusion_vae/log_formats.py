@@ -149,7 +149,7 @@ class WandbOutputFormat(KVWriter):
 
     def __init__(self, dir):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # theirs to install who log there
         except ImportError as error:
             raise ValueError(f"wandb, for the log, cannot be loaded: {INSTALL['wandb']}") from error
         self.place, self.described, self.step = Path(dir), False, 0

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from .checkpoint import sweep
 from .config import UserError, did_you_mean
@@ -46,8 +47,8 @@ class LogConfig:
 class Logger:
     """Collects one row of values, writes rows and lines to its formats."""
 
-    DEFAULT = None
-    CURRENT = None
+    DEFAULT: Any = None  # loggers
+    CURRENT: Any = None
 
     def __init__(self, dir, output_formats, comm=None):
         self.dir, self.output_formats, self.comm, self.level = dir, output_formats, comm, INFO
@@ -58,7 +59,7 @@ class Logger:
 
     def logkv_mean(self, key, val):
         count = self.name2cnt[key]
-        old = self.name2val.get(key)
+        old: Any = self.name2val.get(key)
         self.name2val[key] = val if not count else old * (count / (count + 1)) + val * (1 / (count + 1))
         self.name2cnt[key] = count + 1
 
@@ -186,7 +187,7 @@ def scoped_configure(dir=None, format_strs=None, comm=None):
         Logger.CURRENT = previous
 
 
-def get_current():
+def get_current() -> Logger:
     """The logger in use; standard output only until `configure` is called."""
     if Logger.CURRENT is None:
         Logger.DEFAULT = Logger.CURRENT = Logger(dir=None, output_formats=[HumanOutputFormat(sys.stdout)])

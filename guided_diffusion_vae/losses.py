@@ -41,6 +41,6 @@ def discretized_gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_s
     return th.log(th.where(x < -0.999, cdf_plus, inside).clamp(min=1e-12))
 
 
-def gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor, log_scales: th.Tensor) -> th.Tensor:
+def gaussian_log_likelihood(x: th.Tensor, *, means: th.Tensor | float, log_scales: th.Tensor) -> th.Tensor:
     """Log-density of continuous data, such as latents, under a Gaussian, in nats."""
     return -0.5 * ((x - means) * th.exp(-log_scales)) ** 2 - log_scales - 0.5 * math.log(2 * math.pi)

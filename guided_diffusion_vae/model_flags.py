@@ -5,6 +5,7 @@ flags. Almost all of them show in the keys and shapes of the state_dict; a U-Net
 """
 
 import re
+from typing import Any
 
 import torch as th
 
@@ -80,7 +81,7 @@ def _advice(model, state_dict, given) -> str:
         return _unnamed_size(dit)
     flags = {name: dit[name] for name in (*DIT_FLAGS, "class_cond")} if dit else dict(unet)
     if unet:
-        side = model.input_size if mine == "dit" else model.image_size
+        side: Any = model.input_size if mine == "dit" else model.image_size
         flags |= _attention_flag(state_dict, side, str(given.get("attention_resolutions", "")))
     remedy = [f"--{name} {value}" for name, value in flags.items() if not _same(given.get(name), value)]
     theirs = "dit" if dit else "unet" if unet else mine

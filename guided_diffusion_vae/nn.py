@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -28,7 +29,7 @@ class GroupNorm32(nn.GroupNorm):
             h = super().forward(x.float()).type(x.dtype)
             return h if scale is None else h * (1 + scale) + shift
         weight, bias = self.weight, self.bias
-        if scale is not None:
+        if scale is not None and shift is not None:
             scale, shift = scale.flatten(1), shift.flatten(1)
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
         return channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
@@ -116,7 +117,7 @@ def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000
 
 
 def checkpoint(
-    func: Callable[..., th.Tensor], inputs: Sequence[th.Tensor], params: Iterable[th.Tensor], flag: bool
+    func: Callable[..., th.Tensor], inputs: Sequence[Any], params: Iterable[th.Tensor], flag: bool
 ) -> th.Tensor:
     """func(*inputs); with `flag`, its activations are recomputed in backward instead of kept.
 
@@ -128,7 +129,7 @@ def checkpoint(
     return recompute(func, *inputs, use_reentrant=False, preserve_rng_state=True)
 
 
-def drop_labels(y, drop, null_label: int, prob: float, training: bool):
+def drop_labels(y, drop, null_label: int | None, prob: float, training: bool):
     """Labels (N,) with some replaced by the null label, so that one network learns with and without them.
 
     Args:

@@ -36,6 +36,7 @@ from .script_util import (
     parse_channel_mult,
 )
 from .train_config import refuse_keeping
+from .unet import EncoderUNetModel
 
 LABEL_WEIGHT = 5e-4  # of the cross-entropy beside the loss of the gradient, whose gain is of hundredths
 TIME_SCALE = 1000.0  # of a flow: the classifier embeds times as the U-Net does
@@ -151,6 +152,7 @@ class ClassifierLosses:
         return found | ({"acc@5": (ranks < 5).float()} if logits.shape[1] > 5 else {})
 
     def _gradient_losses(self, classifier, x_t, t, y, noise):
+        assert self.guided is not None
         learns = th.is_grad_enabled()
         with th.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             x_t = x_t.detach().requires_grad_()
@@ -209,7 +211,7 @@ def refuse_impossible(config: LatentClassifierConfig, vae) -> None:
         create_latent_classifier(config, vae, num_classes=2)
 
 
-def create_latent_classifier(config: LatentClassifierConfig, vae, *, num_classes: int) -> th.nn.Module:
+def create_latent_classifier(config: LatentClassifierConfig, vae, *, num_classes: int) -> EncoderUNetModel:
     """An `EncoderUNetModel` for the latents of `vae`.
 
     Raises:
@@ -262,11 +264,13 @@ def load_classifier(path, vae, *, run, class_names: list[str] | None = None) -> 
     given = {name: getattr(run, name, defaults[name]) for name in names}
     config = LatentClassifierConfig(**{**given, **known})
     class_names = record.get("class_names") or class_names
+    assert class_names is not None, path
     weights = dist_util.rank0_first(lambda: checkpoint.load(path))
     weights = network_weights(weights, path=f"--classifier_path {path}")
     model = create_latent_classifier(config, vae, num_classes=len(class_names))
     load_weights(model, weights, path=f"--classifier_path {path}", given={})
-    model.to(dist_util.dev(), memory_format=th.channels_last).requires_grad_(False)
+    model.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
+    model.requires_grad_(False)
     if config.classifier_use_fp16:
         model.convert_to_fp16()
     return model.eval(), class_names

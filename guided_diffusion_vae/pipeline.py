@@ -21,6 +21,7 @@ from .guidance import GuidanceConfig, guide
 from .image_datasets import check_classes, labels_in, speaking_of
 from .run_record import RECORD
 from .train_config import ema_rates
+from .trained import average_in
 from .vae_wrapper import FILES, PIXEL, STATS, VAEConfig, load_vae
 
 
@@ -64,11 +65,8 @@ def latents_are_whole(run: Run) -> bool:
 
 def average(run: Run) -> Path:
     """The moving average to sample from, or what it will be called."""
-    name, folder = f"ema_{ema_rates(run.ema_rate)[0]}_", Path(run.out_dir, "train")
-    best, saved = folder / f"{name}best.pt", [path for path in folder.glob(f"{name}*.pt") if path.stem[-1].isdigit()]
-    if run.keep_best and run.val_dir and (best.is_file() or not saved):
-        return best
-    return max(saved, key=lambda path: (len(path.name), path.name), default=folder / f"{name}NUMBER.pt")
+    rate, folder, best = ema_rates(run.ema_rate)[0], Path(run.out_dir, "train"), run.keep_best and bool(run.val_dir)
+    return average_in(folder, rate, best=best) or folder / f"ema_{rate}_{'best' if best else 'NUMBER'}.pt"
 
 
 def samples_file(run: Run) -> Path:

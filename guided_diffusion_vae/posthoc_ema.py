@@ -13,7 +13,7 @@ the training dynamics of diffusion models"), section 3 and appendix C. Ours is t
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +109,7 @@ class PowerAverages:
                     f" {f'give {known}' if known else 'leave it out'}, or start a new run"
                 )
 
-    def begin(self, weights: list[th.Tensor]) -> None:
+    def begin(self, weights: Sequence[th.Tensor]) -> None:
         """Take room for the averages; what is in them is forgotten at the first update."""
         self.params = [[param.detach().clone() for param in weights] for _ in self.lengths]
 

@@ -43,7 +43,7 @@ class _Anything(type):
 class _Hollow(ModuleType):
     """A module of which every name is anything."""
 
-    __path__ = ()
+    __path__ = []
 
     def __getattr__(self, name):
         if name.startswith("__"):

@@ -6,6 +6,7 @@ loss is the uniform one whatever w is (Nichol and Dhariwal 2021, section 3.3).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -21,7 +22,7 @@ def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
     Raises:
         UnknownName: another name.
     """
-    samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+    samplers: dict[str, Any] = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
     if isinstance(diffusion, FlowMatching):
         samplers = {"uniform": FlowTimes}
         if name != "uniform":
@@ -38,7 +39,7 @@ class ScheduleSampler(ABC):
     def weights(self) -> np.ndarray:
         """Positive weights (T,), not normalised."""
 
-    def sample(self, batch_size: int, device: th.device | str, rng=np.random) -> tuple[th.Tensor, th.Tensor]:
+    def sample(self, batch_size: int, device: th.device | str, rng: Any = np.random) -> tuple[th.Tensor, th.Tensor]:
         """Draw times and the weights of their losses: int64 (N,), float32 (N,).
 
         Args:
@@ -139,7 +140,7 @@ class FlowTimes:
     def __init__(self, flow):
         self.flow = flow
 
-    def sample(self, batch_size: int, device: th.device | str, rng=np.random) -> tuple[th.Tensor, th.Tensor]:
+    def sample(self, batch_size: int, device: th.device | str, rng: Any = np.random) -> tuple[th.Tensor, th.Tensor]:
         """Times and weights of their losses: float32 (N,) each; see `ScheduleSampler.sample`."""
         rng = np.random.mtrand._rand if rng is np.random else rng
         return self.flow.sample_times(batch_size, device, rng), th.ones(batch_size, device=device)

@@ -11,7 +11,9 @@ too. A folder without a state tells that its checkpoint was cut off.
 import contextlib
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -78,7 +80,7 @@ def clear_shards(folder: Path, number: int) -> None:
 
 def _cut_off(folder: Path) -> set[int]:
     """The numbers of sharded checkpoints that nobody committed."""
-    numbers = {_number(path.with_suffix(".pt"), "shards") for path in folder.glob("shards*")} - {None}
+    numbers = _numbers((path.with_suffix(".pt") for path in folder.glob("shards*")), "shards")
     return {number for number in numbers if not (folder / f"state{number:06d}.pt").is_file()}
 
 
@@ -128,7 +130,7 @@ def refuse_used_folder(folder, resume_checkpoint: str = "") -> None:
     """
     if resume_checkpoint == "auto" or NUMBERED.search(resume_checkpoint):
         return
-    numbers = {_number(path, "model") for path in Path(folder).glob("model*.pt")} - {None}
+    numbers = _numbers(Path(folder).glob("model*.pt"), "model")
     if numbers:
         raise UserError(
             f"--log_dir {folder} holds a run up to step {max(numbers)}: go on with it by --resume_checkpoint auto,"
@@ -146,7 +148,7 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
     notes += [f"removed the incomplete file {name}" for name in checkpoint.sweep(folder)]
     cut_off = _cut_off(folder)
     notes += [f"passed over checkpoint {number}: it was cut off before it was complete" for number in sorted(cut_off)]
-    numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None}, reverse=True)
+    numbers = sorted(_numbers(folder.glob("state*.pt"), "state"), reverse=True)
     for number in numbers:
         model = folder / f"model{number:06d}.pt"
         try:
@@ -156,7 +158,7 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
             raise
         except UserError as error:
             notes.append(f"passed over checkpoint {number}: {error}")
-    bare = sorted({_number(path, "model") for path in folder.glob("model*.pt")} - {None} - cut_off - set(numbers))
+    bare = sorted(_numbers(folder.glob("model*.pt"), "model") - cut_off - set(numbers))
     if bare and not numbers:
         notes.append(f"model{bare[-1]:06d}.pt has no run state beside it: continuing as upstream does")
         return str(folder / f"model{bare[-1]:06d}.pt"), notes
@@ -170,7 +172,7 @@ def prune(folder: Path, keep: int, newest: int | None = None, *, every: int = 0)
         newest: the number that was just written; higher ones, which were damaged or left behind, do not count.
         every: multiples of it stay, too; 0: none.
     """
-    numbers = sorted({_number(path, "state") for path in folder.glob("state*.pt")} - {None})
+    numbers = sorted(_numbers(folder.glob("state*.pt"), "state"))
     old = [number for number in numbers if newest is None or number <= newest][:-keep]
     for number in [number for number in old if not (every and number and number % every == 0)]:
         path = folder / f"state{number:06d}.pt"
@@ -202,7 +204,8 @@ def seed_weights(seed: int) -> None:
 
 def get_random_state() -> dict:
     """The global generators' states, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     state = {
         "torch": th.get_rng_state(),
         "numpy": [name, th.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
@@ -219,6 +222,10 @@ def set_random_state(state: dict) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     if "cuda" in state and th.cuda.is_available():
         th.cuda.set_rng_state(state["cuda"])
+
+
+def _numbers(paths: Iterable[Path], prefix: str) -> set[int]:
+    return {number for path in paths if (number := _number(path, prefix)) is not None}
 
 
 def _number(path: Path, prefix: str) -> int | None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -26,6 +26,7 @@ from .data.stream import mix
 from .latent_transport import save_latents
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
+PICTURES = "grid.png", "grid_axes.png", "denoising.png"  # of all samples of a folder
 IN_MANIFEST = "file", "row", "user", "label"  # its first columns
 
 
@@ -35,7 +36,9 @@ class SamplingConfig:
 
     num_samples: int = 10000  # how many images
     batch_size: int = 16  # images at a time on each process
-    model_path: str = ""  # the model*.pt or ema_*.pt to sample from; run.yaml beside it supplies all other flags
+    # the ema_*.pt or model*.pt to sample from, or a training's folder: its best or newest average; run.yaml beside it
+    # supplies all other flags
+    model_path: str = ""
     users: tuple = ()  # which users, such as 3 7 or 3,7 or all: in turn; none: drawn at random, as upstream does
     num_samples_per_user: int = 0  # so many of each of --users, instead of --num_samples
     seed: int = 0  # of all random numbers
@@ -61,7 +64,7 @@ class Batch(NamedTuple):
     """Finished images: pixels uint8 (N, H, W, 3), labels int64 (N,) or None; if kept, the model latents behind them."""
 
     pixels: np.ndarray
-    labels: np.ndarray | None
+    labels: Any  # np.ndarray, or None
     latents: np.ndarray | None = None
 
 
@@ -132,7 +135,8 @@ def sample_batches(
             done = Batch(to_pixels(vae.decode_batch(x)), None if y is None else y.cpu().numpy(), z)
         parts = dist_util.gather_objects(done)
         left = num_samples - first
-        yield Batch(*(None if column is None else column[:left] for column in join(parts)))
+        columns: list[Any] = [None if column is None else column[:left] for column in join(parts)]
+        yield Batch(*columns)
 
 
 def draw_labels(numbers, classes, num_classes, noise, device) -> th.Tensor | None:
@@ -187,7 +191,7 @@ def to_pixels(images: th.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def save_samples(folder: Path, batch: Batch, vae=None) -> Path:
+def save_samples(folder: Path, batch: Batch, vae: Any = None) -> Path:
     """Write `samples_NxHxWx3.npz` (arr_0 pixels, arr_1 labels), the evaluator's format; returns its path.
 
     Args:
@@ -232,7 +236,7 @@ class PngWriter:
         return f"{user}/{self.prefix}{user.replace('_', '')}_{number + 1:03d}.png"
 
 
-def _labels(batch: Batch):
+def _labels(batch: Batch) -> Any:
     return [None] * len(batch.pixels) if batch.labels is None else batch.labels
 
 
@@ -309,7 +313,7 @@ def remove_old_samples(folder: Path) -> None:
     """
     root, rows = Path(folder).resolve(), read_manifest(folder)
     listed = {row["file"] for row in rows if row["file"].startswith("png/")}
-    listed |= {f"grids/{name}.png" for name in map(_grid_name, rows) if name} | ({"grid.png"} if rows else set())
+    listed |= {f"grids/{name}.png" for name in map(_grid_name, rows) if name} | ({*PICTURES} if rows else set())
     for path in (root / name for name in listed):
         straight = os.path.isfile(path) and path.parent.resolve() == path.parent  # no .. and no link on the way
         if straight and path.suffix == ".png":
@@ -327,7 +331,8 @@ def _grid_name(row: dict) -> str:
 def join(batches: list[Batch]) -> Batch:
     """Several batches as one."""
     columns = zip(*batches, strict=True)
-    return Batch(*(None if column[0] is None else np.concatenate(column) for column in columns))
+    joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
+    return Batch(*joined)
 
 
 class Preview:

@@ -39,7 +39,8 @@ def _karras(denoiser, num_steps):
 
 
 def _logsnr(denoiser, num_steps):
-    return denoiser.time_at(np.linspace(*denoiser.log_snr(np.array(denoiser.interval)), num_steps))
+    first, last = denoiser.log_snr(np.array(denoiser.interval))
+    return denoiser.time_at(np.linspace(first, last, num_steps))
 
 
 SPACINGS: dict[str, Callable[[Denoiser, int], np.ndarray]] = {
@@ -98,7 +99,7 @@ def dpmpp_2m_sde(guess: Guess, x: th.Tensor, points: list[Point], noise_like: Un
 
 def _walk_2m(step, guess, x, points):
     """Steps with D' in place of D; the first knows no guess before, and the last may not extrapolate from it."""
-    D_before = h_before = None
+    D_before, h_before = None, 0.0
     for s, t in pairwise(points):
         h, D = t.log_snr - s.log_snr, guess(x, s)
         first_order = D_before is None or (t is points[-1] and _ends_in_first_order(points))

@@ -15,8 +15,9 @@ A sharded checkpoint has the same one-file weights, for whoever samples; what a 
 import contextlib
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 import torch.distributed as dist
@@ -85,7 +86,7 @@ class Whole:
             find_unused_parameters=False,
         )
 
-    def accumulating(self, wrapped: th.nn.Module, last: bool):
+    def accumulating(self, wrapped: Any, last: bool):
         """The context of one microbatch: gradients wait for the last one to be averaged."""
         return contextlib.nullcontext() if last or dist_util.world_size() == 1 else wrapped.no_sync()
 
@@ -169,8 +170,10 @@ class Shares:
             value = param.detach().to(device)
             dist_util.sync_params([value])
             param.detach().copy_(value)
+        assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-        self.parts = [part for part in blocks_of(model) if next(part.parameters(), None) is not None] + [model]
+        blocks = [part for part in blocks_of(model) if next(part.parameters(), None) is not None]
+        self.parts: list[Any] = [*blocks, model]
         self.can_switch = hasattr(FSDPModule, "set_reshard_after_forward")  # since torch 2.8
         for part in self.parts:
             fully_shard(part, mesh=mesh, reshard_after_forward=self.can_switch and part is not model)
@@ -183,7 +186,7 @@ class Shares:
         """Gradients are averaged and shared out after every microbatch: kept for the last, they would be whole."""
         return contextlib.nullcontext()
 
-    def norm(self, tensors: list[th.Tensor]) -> th.Tensor:
+    def norm(self, tensors: list) -> th.Tensor:
         """Collective: call on every process. The 2-norm of whole tensors, of which each process has shares."""
         square = norm_of([tensor.to_local() for tensor in tensors]) ** 2
         dist.all_reduce(square)
@@ -278,10 +281,11 @@ class Shares:
 
 def blocks_of(model: th.nn.Module) -> list[th.nn.Module]:
     """The blocks of a transformer or a U-Net, in the order in which they compute; [] for any other network."""
+    network: Any = model
     if hasattr(model, "blocks"):
-        return list(model.blocks)
+        return list(network.blocks)
     if hasattr(model, "middle_block"):
-        return [*model.input_blocks, model.middle_block, *getattr(model, "output_blocks", [])]
+        return [*network.input_blocks, network.middle_block, *getattr(model, "output_blocks", [])]
     return []
 
 
@@ -289,9 +293,9 @@ def _names(kept: Kept) -> list[str]:
     return [name for name, _ in kept.trainer.model.named_parameters()]
 
 
-def _weights_files(kept: Kept, number: int) -> dict[str, list[th.Tensor]]:
+def _weights_files(kept: Kept, number: int) -> dict[str, Sequence[th.Tensor]]:
     """Upstream's names, and the tensors that belong there."""
-    files = {f"model{number:06d}.pt": kept.trainer.master_params}
+    files: dict[str, Sequence[th.Tensor]] = {f"model{number:06d}.pt": kept.trainer.master_params}
     return files | {f"ema_{rate}_{number:06d}.pt": params for rate, params in kept.averages}
 
 

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -61,6 +62,7 @@ class TrainLoop:
         max_memorisation: see `validation`; with it `data` has `rows(count, seed)`.
         posthoc_ema: see `posthoc_ema`.
         sharding: none or fsdp2, see `sharding`.
+        on_save: called on rank 0 when a checkpoint is written, and at the end.
     Raises:
         UserError: settings that contradict each other or the checkpoint.
     """
@@ -80,12 +82,12 @@ class TrainLoop:
         resume_checkpoint,
         use_fp16=False,
         fp16_scale_growth=1e-3,
-        schedule_sampler=None,
+        schedule_sampler: Any = None,
         weight_decay=0.0,
         lr_anneal_steps=0,
         max_steps=0,
         sample_interval=0,
-        sample_fn=None,
+        sample_fn: Any = None,
         keep_last=0,
         keep_every=0,
         max_hours=0.0,
@@ -98,7 +100,7 @@ class TrainLoop:
         warmup_steps=0,
         ema_warmup=False,
         max_epochs=0,
-        heldout=None,
+        heldout: Any = None,
         val_dir="",
         val_interval=0,
         patience=0,
@@ -106,6 +108,7 @@ class TrainLoop:
         posthoc_ema="",
         posthoc_interval=0,
         sharding="none",
+        on_save=None,
     ):
         assert heldout is not None or not val_dir, "whoever gives val_dir opens it and gives heldout"
         if use_fp16 and amp != "none":
@@ -121,10 +124,11 @@ class TrainLoop:
         self.ema_rate, self.ema_warmup = ema_rates(ema_rate) if ema_rate != "" else [], ema_warmup
         self.log_interval, self.save_interval, self.sample_interval = log_interval, save_interval, sample_interval
         self.sample_fn, self.keep_last, self.keep_every = sample_fn, keep_last, keep_every
+        self.on_save = on_save if on_save and dist_util.rank() == 0 else lambda: None
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         if use_fp16 and not th.cuda.is_available():
             logger.warn("--use_fp16 True on a CPU is correct, but several times slower than False")
-        self.schedule_sampler = schedule_sampler or create_named_schedule_sampler("uniform", diffusion)
+        self.schedule_sampler: Any = schedule_sampler or create_named_schedule_sampler("uniform", diffusion)
         self.global_batch = batch_size * dist_util.world_size()
         epochs_end = math.ceil(max_epochs * data.num_samples / self.global_batch) if max_epochs else 0
         self.val_dir = val_dir
@@ -132,7 +136,7 @@ class TrainLoop:
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else None
         self.seed, self.progress = seed, progress
         ends = {"patience": patience, "max_memorisation": max_memorisation}
-        ends |= {"seen": data.rows(len(heldout), seed=seed or 0) if max_memorisation else None}
+        ends |= {"seen": data.rows(len(heldout or ()), seed=seed or 0) if max_memorisation else None}
         self.validation = Validation(
             heldout, interval=val_interval or save_interval, batch_size=self.microbatch, seed=seed or 0, **ends
         )
@@ -274,6 +278,7 @@ class TrainLoop:
         over = f"step {self.resume_step} of {self.last_step} is reached" if reached else self.validation.ends
         if over:
             logger.log(f"nothing to do: {over}")
+            self.on_save()
             return
         if dist_util.rank() == 0 and (lack := self._lack_of_room()):
             logger.warn(lack)
@@ -307,6 +312,8 @@ class TrainLoop:
                 self._dump_log(bar, self.step)
         if saved != self.step + self.resume_step - 1:
             self.save(self.step + self.resume_step)
+        else:
+            self.on_save()  # the last row of the log came later
         self.validation.report(self.best_average())
 
     def _lack_of_room(self) -> str:
@@ -523,6 +530,7 @@ class TrainLoop:
         if self.keep_last:
             dist_util.rank0_first(lambda: prune(folder, self.keep_last, number, every=self.keep_every))
         self.saved_average = folder / self._average_name(number)
+        self.on_save()
         self.save_seconds = time.monotonic() - begin
 
     def newest_average(self) -> Path:

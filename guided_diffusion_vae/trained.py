@@ -9,9 +9,10 @@ import torch as th
 
 from . import checkpoint, dist_util, logger
 from .assembly import NETWORK_SECTIONS, NUM_CLASSES, create_network
-from .config import Parser, Run, parse_run
+from .config import Parser, Run, UserError, parse_run, read_yaml
 from .model_flags import load_weights, network_weights, part_of
 from .run_record import read_run, refuse_contradictions
+from .train_config import ema_rates
 from .vae_wrapper import PIXEL, STATS, VAEConfig, VAEInterface, load_vae
 
 NETWORK = (*NETWORK_SECTIONS, VAEConfig)  # what a model is; a script that opens one has these flags
@@ -32,15 +33,44 @@ def run_of_model(parser: Parser, argv=None) -> tuple[Run, dict]:
         parser: has the sections of `NETWORK`, `--model_path` and `--clip_denoised`, which is True on pixels alone
             unless it is given.
     Raises:
-        UserError: see `read_run` and `refuse_contradictions`.
+        UserError: see `model_in`, `read_run` and `refuse_contradictions`.
     """
-    settings, record = read_run(parse_run(parser, argv).model_path)
+    given = parse_run(parser, argv).model_path
+    path = str(model_in(given)) if given and Path(given).is_dir() else given
+    settings, record = read_run(path)
     names = [field.name for section in NETWORK for field in fields(section)]
     run = parse_run(parser, argv, base={name: settings[name] for name in names if name in settings})
+    run = run.replace(model_path=path)
     refuse_contradictions(run, settings, names)
     if "clip_denoised" not in run.given:
         run = run.replace(clip_denoised=run.vae_path == PIXEL)
     return run, record
+
+
+def model_in(folder) -> Path:
+    """What to sample from in a training's folder: its best average, else the newest, else the newest weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(folder)
+    record = folder / "run.yaml"
+    known = read_yaml(record).get("ema_rate") if record.is_file() else None
+    found = average_in(folder, ema_rates(known)[0] if known else "*", best=True) or newest(folder.glob("model*.pt"))
+    if not found:
+        raise UserError(f"--model_path {folder} is a folder without a checkpoint; give a model*.pt or ema_*.pt")
+    return found
+
+
+def average_in(folder: Path, rate: float | str, *, best: bool) -> Path | None:
+    """The moving average of a rate (`*`: of any) in a training's folder: the best, if it may be that, or the newest."""
+    found = newest(folder.glob(f"ema_{rate}_best.pt")) if best else None
+    return found or newest(path for path in folder.glob(f"ema_{rate}_*.pt") if path.stem[-1].isdigit())
+
+
+def newest(paths) -> Path | None:
+    """Of checkpoints the one of the highest step."""
+    return max(paths, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def results_folder(run: Run, name: str) -> str:
@@ -56,7 +86,7 @@ def open_model(run: Run, record: dict) -> Trained:
     """
     stats = Path(run.model_path).with_name(STATS)
     vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats)
-    vae.to(dist_util.dev(), memory_format=th.channels_last)
+    vae.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
     class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
     return Trained(load_network(run, vae, num_classes=len(class_names)), vae, class_names)
 
@@ -70,7 +100,7 @@ def load_network(run: Run, vae: VAEInterface, *, num_classes: int = NUM_CLASSES)
     model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
     weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
     load_weights(model, weights, path=path, given=run.as_dict())
-    model.to(dist_util.dev(), memory_format=th.channels_last)
+    model.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
     if run.use_fp16:
         model.convert_to_fp16()
     return model.eval()

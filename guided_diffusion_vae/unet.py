@@ -275,6 +275,8 @@ class AttentionPool2d(nn.Module):
 class _Backbone(nn.Module):
     """What U-Net and encoder share: the embedding of the time, the way down, and the middle."""
 
+    model_channels: int
+
     def _build_down(
         self,
         *,
@@ -323,7 +325,7 @@ class _Backbone(nn.Module):
         widths, factor = [ch], 1
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [block(ch, out_channels=int(mult * model_channels))]
+                layers: list[nn.Module] = [block(ch, out_channels=int(mult * model_channels))]
                 ch = int(mult * model_channels)
                 if factor in attention_resolutions:
                     layers.append(attend(ch, num_heads=num_heads))
@@ -428,7 +430,7 @@ class UNetModel(_Backbone):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [block(ch + widths.pop(), out_channels=int(mult * model_channels))]
+                layers: list[nn.Module] = [block(ch + widths.pop(), out_channels=int(mult * model_channels))]
                 ch = int(mult * model_channels)
                 if 2**level in attention_resolutions:
                     layers.append(attend(ch, num_heads=heads_up))
@@ -479,6 +481,7 @@ class SuperResModel(UNetModel):
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor | None = None, **kwargs) -> th.Tensor:
         """low_res: (N, C, h, w)."""
+        assert low_res is not None
         upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear")
         return super().forward(th.cat([x, upsampled], dim=1), timesteps, **kwargs)
 

@@ -9,6 +9,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -64,7 +65,7 @@ class VAEModelConfig:
         """What names the latent: its length, or its channels."""
         return self.z_channels if self.model == KL else self.latent_dim
 
-    def build(self, image_size: int) -> nn.Module:
+    def build(self, image_size: int) -> Any:
         """A new network of this configuration."""
         if self.model != KL:
             known = {"image_size": image_size, "latent_dim": self.latent_dim, "base_channels": self.base_channels}
@@ -216,6 +217,7 @@ class DecoderTask(KLTask):
     def measure(self, images) -> Transport:
         """Fit the map from the latents of these images, given in parts, to the generated ones."""
         source, target = Moments(self.model.config.embed_dim), Moments(self.model.config.embed_dim)
+        assert self.generated is not None
         target.add(self.generated)
         self.model.eval()
         for part in images:
@@ -300,7 +302,7 @@ def create_task(
         model, scale = open_autoencoder(ckpt)
         say(f"starting from {ckpt}: f{model.config.downsample}, {model.config.embed_dim} channels of latents")
     else:
-        model = config.build(image_size)
+        model, scale = config.build(image_size), None
     parts = Objective(objective, model.config.embed_dim, model.config.in_channels)
     if decoder_only:
         generated = read_latents(generated_latents, model) if generated_latents else None

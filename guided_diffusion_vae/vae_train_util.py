@@ -93,9 +93,22 @@ class VAETrainer:
         task: see `vae_tasks`.
         train, val: datasets of float32 images (C, S, S) in [-1, 1]; val may be empty.
         arguments: the resolved run, kept in every checkpoint.
+        on_save: called on rank 0 when a checkpoint is written.
     """
 
-    def __init__(self, task, train, val, config: VAETrainConfig, *, image_size: int, folder: Path, arguments: dict):
+    def __init__(
+        self,
+        task,
+        train,
+        val,
+        config: VAETrainConfig,
+        *,
+        image_size: int,
+        folder: Path | str,
+        arguments: dict,
+        on_save=None,
+    ):
+        self.on_save = on_save or (lambda: None)
         self.config, self.image_size, self.folder, self.arguments = config, image_size, Path(folder), arguments
         self.device = dist_util.dev()
         self.task, self.val = task.to(self.device), val
@@ -212,7 +225,7 @@ class VAETrainer:
             terms = {name: terms.get(name, 0) + share * value for name, value in found.items()}
             recons.append(recon)
         self._advance(self.opt, self.params)
-        if self.task.judges(self.step):
+        if self.judge_opt is not None and self.task.judges(self.step):
             self.judge_opt.zero_grad(set_to_none=True)
             for part, recon in zip(images.split(size), recons, strict=True):
                 loss, found = self.task.discriminator_loss(part, recon, self.step)
@@ -273,6 +286,7 @@ class VAETrainer:
         if self.step == self.last_step or (every and self.step % every == 0):
             checkpoint.save(state, self.folder / f"epoch_{self.epoch:04d}.pt")
         checkpoint.save(state, self.folder / "last.pt")  # last: who is killed before goes on from an earlier one
+        self.on_save()
 
     def _show(self):
         if len(self.val):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -97,6 +98,8 @@ class VAEInterface(nn.Module):
     Raises:
         UserError: no such autoencoder, or a damaged file.
     """
+
+    vae: Any  # a KLAutoencoder; None with --vae_path pixel
 
     def __init__(
         self,
@@ -291,7 +294,7 @@ def scale_from_stats(path: Path | None, vae: VAEInterface, factor: float) -> Lat
             " scripts/latent_extract.py and give that folder as --data_dir"
         )
     stats = checkpoint.load(path)
-    found = [stats.get(name) if isinstance(stats, dict) else None for name in ("mean", "std")]
+    found: list[Any] = [stats.get(name) if isinstance(stats, dict) else None for name in ("mean", "std")]
     if not all(th.is_tensor(value) and value.isfinite().all() for value in found):
         raise UserError(f"--latent_norm True: {path} does not hold a finite mean and std of each channel")
     mean, std = (value.flatten().double().tolist() for value in found)
@@ -328,7 +331,7 @@ def open_autoencoder(vae_path: str, allow_download: bool = False) -> tuple[KLAut
 
 def _open(vae_path: str, allow_download: bool) -> tuple[KLAutoencoder, LatentScale | None]:
     if vae_path in SHIPPED:
-        with resources.as_file(resources.files(__package__) / "assets" / f"{vae_path}.safetensors") as path:
+        with resources.as_file(resources.files("guided_diffusion_vae") / "assets" / f"{vae_path}.safetensors") as path:
             return from_file(path)
     path = Path(vae_path)
     if path.is_dir():
@@ -465,9 +468,10 @@ def from_diffusers(place, **options) -> tuple[KLAutoencoder, LatentScale]:
 
     logging.set_verbosity_error()
     try:
-        model, info = AutoencoderKL.from_pretrained(place, output_loading_info=True, **options)
+        loaded: Any = AutoencoderKL.from_pretrained(place, output_loading_info=True, **options)
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError, SafetensorError and the network's
         raise UserError(f"--vae_path {place} cannot be read by diffusers ({one_line(error)})") from error
+    model, info = loaded
     if info["missing_keys"]:
         raise UserError(f"--vae_path {place} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     config = model.config

@@ -75,7 +75,7 @@ def times_at(diffusion, quantiles: th.Tensor) -> th.Tensor:
     """The times at places in [0, 1) of a process: int64 in [0, T), or float32 where a flow may be trained."""
     diffusion = getattr(diffusion, "process", diffusion)  # that of a classifier's losses
     if isinstance(diffusion, FlowMatching):
-        eps = diffusion.train_eps
+        eps = diffusion.train_eps or 0.0
         return (eps + (1 - 2 * eps) * quantiles).float()
     return (quantiles * diffusion.num_timesteps).long()
 

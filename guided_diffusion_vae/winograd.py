@@ -132,6 +132,7 @@ def _by_weight(x, grad):
     for images in blocks(x):
         pair = _tiles_out(grad[images]).transpose(1, 2), _tiles_in(x[images])
         total = th.bmm(*pair) if total is None else total.baddbmm_(*pair)
+    assert total is not None
     return (G.T @ total.view(36, -1)).view(3, 3, *total.shape[1:]).permute(2, 3, 0, 1)
 
 

@@ -11,16 +11,17 @@ from evaluations.autoencoder_check import CheckConfig, check
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
+from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(CheckConfig, VAEConfig, VAEDataConfig, description=__doc__), argv)
+    run = parse_run(create_argparser(CheckConfig, VAEConfig, VAEDataConfig, PlotConfig, description=__doc__), argv)
     print(run)
     if run.dry_run:
         return
     vae = load_vae(run.section(VAEConfig), default_scale=1.0).to(dist_util.dev())
-    check(vae, run.section(VAEDataConfig), run.section(CheckConfig))
+    check(vae, run.section(VAEDataConfig), run.section(CheckConfig), plot=run.plot)
 
 
 if __name__ == "__main__":

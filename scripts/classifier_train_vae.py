@@ -13,6 +13,7 @@ mirrored, unlike upstream's training images. Writes model*.pt, opt*.pt, log.txt,
 
 import os
 from dataclasses import asdict
+from functools import partial
 
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.config import create_argparser, parse_run
@@ -29,6 +30,7 @@ from guided_diffusion_vae.noised_classifier import (
     create_latent_classifier,
     refuse_impossible,
 )
+from guided_diffusion_vae.plotting import PlotConfig, draw_progress
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.script_util import DiffusionConfig, LaterDiffusionConfig
@@ -39,7 +41,8 @@ KIND = (LatentClassifierConfig, DiffusionConfig, LaterDiffusionConfig, FlowConfi
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(DataConfig, ClassifierTrainConfig, LogConfig, *KIND, description=__doc__), argv)
+    sections = (DataConfig, ClassifierTrainConfig, LogConfig, *KIND, PlotConfig)
+    run = parse_run(create_argparser(*sections, description=__doc__), argv)
     config, flags = run.section(LatentClassifierConfig), run.section(ClassifierTrainConfig)
     if dist_util.rank() == 0:
         print(run)
@@ -90,6 +93,7 @@ def main(argv=None):
         schedule_sampler=sampler if run.noised else CleanTimes(losses, sampler),
         use_fp16=run.classifier_use_fp16,
         progress=True,
+        on_save=partial(draw_progress, logger.get_dir(), logger.warn) if run.plot else None,
         **flags.for_the_loop(),
     )
     if dist_util.rank() == 0:  # only now: a command that cannot start must not describe the run that lies there

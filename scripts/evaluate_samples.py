@@ -11,24 +11,31 @@ from pathlib import Path
 
 from evaluations.image_sets import beside, read_sets
 from evaluations.measure import EvaluationConfig, evaluate
+from evaluations.plots import PICTURE, draw_judgement
 from evaluations.report import comparison, save_picture
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.plotting import PlotConfig
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(EvaluationConfig, description=__doc__), argv)
+    run = parse_run(create_argparser(EvaluationConfig, PlotConfig, description=__doc__), argv)
     if run.dry_run:
         print(run)
         return
     train, heldout, samples = read_sets(run)
 
-    report = evaluate(train, heldout, samples, epochs=run.judge_epochs, seed=run.seed, progress=True)
+    named = {}
+    about = {"epochs": run.judge_epochs, "seed": run.seed, "progress": True, "keep": named.update}
+    report = evaluate(train, heldout, samples, **about)
     print(report)
     out = Path(run.out_dir or beside(run.samples, "report"))
     report.save(out / "report.json")
     save_picture(comparison(train, samples), out / "comparison.png")
     print(f"written: {out / 'report.json'} and {out / 'comparison.png'}")
+    (out / PICTURE).unlink(missing_ok=True)  # an earlier judge's
+    if run.plot and draw_judgement(out / PICTURE, named, heldout, samples):
+        print(f"written: {out / PICTURE}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ progress.csv), run.yaml and sample grids into --log_dir. `--resume_checkpoint au
 
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.assembly import (
@@ -25,13 +26,14 @@ from guided_diffusion_vae.assembly import (
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.logger import LogConfig
+from guided_diffusion_vae.plotting import PlotConfig, draw_progress
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.sample_util import Preview
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae, stats_file
 
-SECTIONS = (DataConfig, TrainConfig, *NETWORK_SECTIONS, VAEConfig)
+SECTIONS = (DataConfig, TrainConfig, *NETWORK_SECTIONS, VAEConfig, PlotConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def main(argv=None):
         use_fp16=run.use_fp16,
         sample_fn=preview,
         progress=True,
+        on_save=partial(draw_progress, logger.get_dir(), logger.warn) if run.plot else None,
         **train_flags,
     )
     if dist_util.rank() == 0:  # only now: a command that cannot start must not describe the run that lies there

@@ -8,15 +8,18 @@ was interrupted; changed images are encoded again. Without --val_dir the shards 
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.latent_extract import ExtractConfig, extract_latents
+from guided_diffusion_vae.pictures import draw_extracted, hand_on_axes
+from guided_diffusion_vae.plotting import PlotConfig, or_said
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(ExtractConfig, VAEConfig, description=__doc__), argv)
+    run = parse_run(create_argparser(ExtractConfig, VAEConfig, PlotConfig, description=__doc__), argv)
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
@@ -25,6 +28,11 @@ def main(argv=None):
     raw = replace(run.section(VAEConfig), latent_norm=False)  # raw latents are what its numbers are measured on
     vae = load_vae(raw, default_scale=1.0).to(dist_util.dev())
     extract_latents(run.section(ExtractConfig), vae, say=print if dist_util.rank() == 0 else lambda line: None)
+    if dist_util.rank() == 0:
+        hand_on_axes(run.data_dir, run.out_dir)
+    if dist_util.rank() == 0 and run.plot:
+        path = Path(run.out_dir) / "latents.png"
+        or_said(path.name, lambda: draw_extracted(run.data_dir, run.image_size, vae, path, print), print)
 
 
 if __name__ == "__main__":

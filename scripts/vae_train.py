@@ -7,17 +7,20 @@ Also started by mpiexec, torchrun, srun. Writes last.pt, epoch_XXXX.pt, recon_gr
 for a KL autoencoder NAME.safetensors, which every --vae_path takes. The same command goes on where it was interrupted.
 """
 
+from functools import partial
+
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoders.ldm_config import is_ldm, settings_from_ldm
 from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
 from guided_diffusion_vae.logger import LogConfig
+from guided_diffusion_vae.plotting import PlotConfig, draw_progress
 from guided_diffusion_vae.run_state import seed_weights
 from guided_diffusion_vae.vae_tasks import VAEModelConfig, create_task, default_folder
 from guided_diffusion_vae.vae_train_util import VAETrainConfig, VAETrainer
 
-SECTIONS = (VAEDataConfig, VAEModelConfig, VAETrainConfig, ObjectiveConfig)
+SECTIONS = (VAEDataConfig, VAEModelConfig, VAETrainConfig, ObjectiveConfig, PlotConfig)
 
 
 def main(argv=None):
@@ -50,6 +53,7 @@ def main(argv=None):
         image_size=run.image_size,
         folder=folder,
         arguments=run.as_dict(),
+        on_save=partial(draw_progress, folder, logger.warn) if run.plot else None,
     )
     trainer.run()
 

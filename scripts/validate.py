@@ -15,10 +15,11 @@ from evaluations.image_sets import beside, read_sets
 from evaluations.validation import ValidationConfig, validate, write_validation
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.plotting import PlotConfig
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(ValidationConfig, description=__doc__), argv)
+    run = parse_run(create_argparser(ValidationConfig, PlotConfig, description=__doc__), argv)
     if run.dry_run:
         print(run)
         return
@@ -32,7 +33,8 @@ def main(argv=None):
         written[:] = write_validation(out, sections, samples, run.as_dict())
 
     say = partial(print, flush=True)  # also into a file, part by part
-    validate(train, heldout, samples, run.section(ValidationConfig), progress=True, keep=keep, say=say)
+    about = {"progress": True, "keep": keep, "say": say, "plot": run.plot}
+    validate(train, heldout, samples, run.section(ValidationConfig), **about)
     print(f"written: {', '.join(map(str, written))}")
 
 

@@ -10,13 +10,13 @@ PACKAGE = Path(guided_diffusion_vae.__file__).parent
 FLOORS = [
     {
         *("config", "logger", "log_formats", "checkpoint", "dist_util", "run_state", "run_record", "stop_signals"),
-        *("folder_lock", "quick_help", "machine_facts"),
+        *("folder_lock", "quick_help", "machine_facts", "assets.diffusers_pipeline"),
     },
     {
         *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
         *("guidance", "samplers", "denoiser", "score_matching"),
     },
-    {"fp16_util", "unet", "dit", "model_flags"},
+    {"fp16_util", "unet", "dit", "model_flags", "diffusers_unet", "diffusers_dit"},
     {
         *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),
         *("autoencoders.perceptual", "autoencoders.adversarial", "autoencoders.foundation", "autoencoders.objectives"),
@@ -30,19 +30,22 @@ FLOORS = [
     },
     {
         *("train_util", "train_config", "sharding", "validation", "sample_util", "likelihood", "estimate"),
-        *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema"),
+        *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema", "plotting", "pictures"),
     },
     {
         "script_util",
         "assembly",
         "noised_classifier",
         "trained",
+        "generation",
+        "api",
         "guides",
         "pipeline",
         "stages",
         "cli",
         "doctor",
         "compiling",
+        *("diffusers_process", "diffusers_card", "diffusers_export", "diffusers_import"),
     },
 ]
 FLOOR_OF = {room: level for level, floor in enumerate(FLOORS) for room in floor}

@@ -1,4 +1,4 @@
-"""`--help` without PyTorch says what it says with it, and nothing else is ever run without."""
+"""`--help` without PyTorch says what it says with it; nothing else is run without, but what computes nothing."""
 
 import subprocess
 import sys

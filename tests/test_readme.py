@@ -16,6 +16,9 @@ SMALLER = {
     "run_pipeline.py": "--max_steps 2 --lr_anneal_steps 0 --batch_size 2 --num_samples_per_user 2 --num_steps 2",
     "evaluate_samples.py": "--judge_epochs 1",
     "validate.py": "--judge_epochs 1 --seeds 1",
+    "gallery.py": "",
+    "export_model.py": "",
+    "import_model.py": "",
     "augmentation_study.py": "--ks 1 --epochs 1 --seeds 1",
     "make_reference.py": "",
     "evaluator.py": "",
@@ -50,14 +53,19 @@ def walk(document, tmp_path):
             flags += ["--out_dir", f"{tmp_path}/imported"]
         if name == "check_vae.py":
             flags += ["--report_dir", f"{tmp_path}/runs/check_vae"]
+        if name == "gallery.py":  # which would serve for ever
+            flags += ["--out", f"{tmp_path}/runs/gallery.html"]
         script(name, *flags, *SMALLER[name].split(), ranks=ranks)
         done.append(name)
     return set(done)
 
 
 def test_the_readme_from_people_to_report(tmp_path):
+    """Then the pages on sampling and on diffusers, which go on from there."""
     record_walks(tmp_path / "recordings", ["user_00", "user_01"], ["day1", "day2", "day3"])
-    assert walk("README.md", tmp_path) == set(SMALLER)
+    script("simulate_microdoppler.py", "--out_dir", tmp_path / "data", *SMALLER["simulate_microdoppler.py"].split())
+    walked = [walk(page, tmp_path) for page in ("README.md", "docs/sampling.md", "docs/diffusers.md")]
+    assert set.union(*walked) == set(SMALLER)
     for promised in (
         "data/manifest.csv",
         "data/train/.latents",
@@ -65,10 +73,9 @@ def test_the_readme_from_people_to_report(tmp_path):
         "imported/overview.png",
         "runs/one/progress.csv",
         "runs/one/samples/grid.png",
-        "runs/one/samples/report/report.json",
-        "runs/one/samples/report/comparison.png",
         "runs/one/samples/validation/report.html",
         "runs/one/samples/validation/accepted.csv",
+        "runs/gallery.html",
         "runs/one/samples/augmentation/study.csv",
         "runs/reference.npz",
         "runs/dit/train/ema_0.99_best.pt",
@@ -77,6 +84,7 @@ def test_the_readme_from_people_to_report(tmp_path):
         "runs/mine/samples/png/user_03",
         "runs/mine/samples/png/user_07",
         "runs/mine/samples/report/report.json",
+        "runs/mine/samples/report/comparison.png",
         "runs/led/samples_3x64x64x3.npz",
         "runs/mine/ema_posthoc0.100_000002.pt",
         "runs/check_vae/worst.png",

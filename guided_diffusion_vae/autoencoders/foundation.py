@@ -14,6 +14,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -36,10 +37,14 @@ class FoundationModel(nn.Module):
         upstream_input: give it the images in [-1, 1], as the published VA-VAE did, not normalised as in its training.
     """
 
+    model: Any  # its parts are transformers' own
+    mean: th.Tensor
+    std: th.Tensor
+
     def __init__(self, model: nn.Module, *, upstream_input: bool = False):
         super().__init__()
         self.model, self.upstream_input = model, upstream_input
-        model.embeddings.interpolate_pos_encoding = self.positions
+        self.model.embeddings.interpolate_pos_encoding = self.positions
         self.register_buffer("mean", th.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", th.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -166,7 +171,7 @@ def load_foundation(
         raise UserError(f"--vf_path {path}: {error}") from error
 
 
-def model_of(kind: str):
+def model_of(kind: str) -> tuple[Any, Any]:
     """transformers' configuration and model of a kind."""
     try:
         import transformers

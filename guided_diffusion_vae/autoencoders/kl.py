@@ -163,7 +163,8 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            h = level.downsample(h) if hasattr(level, "downsample") else h
+            downsample = getattr(level, "downsample", None)  # all but the last have it
+            h = downsample(h) if downsample else h
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -188,7 +189,8 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            h = level.upsample(h) if hasattr(level, "upsample") else h
+            upsample = getattr(level, "upsample", None)
+            h = upsample(h) if upsample else h
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -6,7 +6,9 @@ has linear layers where LDM has 1x1 convolutions. A file's configuration is read
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch as th
 
@@ -61,7 +63,14 @@ def to_diffusers(model: KLAutoencoder) -> dict[str, th.Tensor]:
     return found
 
 
-def save_diffusers(model: KLAutoencoder, folder: str | Path, *, scale=1.0, shift=0.0, image_size: int = 256) -> None:
+def save_diffusers(
+    model: KLAutoencoder,
+    folder: str | Path,
+    *,
+    scale: float | tuple[float, ...] = 1.0,
+    shift: float | Sequence[float] = 0.0,
+    image_size: int = 256,
+) -> None:
     """Write a folder that diffusers' `AutoencoderKL.from_pretrained` loads.
 
     Args:
@@ -79,25 +88,29 @@ def save_diffusers(model: KLAutoencoder, folder: str | Path, *, scale=1.0, shift
             f" and no dropout ({config.dropout}): export a model without them"
         )
     if isinstance(scale, tuple):
+        assert not isinstance(shift, int | float)
         stored = {"scaling_factor": 1.0, "latents_std": [1 / s for s in scale], "latents_mean": list(shift)}
     else:
         stored = {"scaling_factor": scale, "shift_factor": shift or None}
     attending = [config.attends(level) for level in range(len(config.ch_mult))]
-    twin = AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.out_ch,
-        latent_channels=config.embed_dim,
-        block_out_channels=[config.ch * mult for mult in config.ch_mult],
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.norm_groups,
-        down_block_types=["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attending],
-        up_block_types=["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attending)],
-        mid_block_add_attention=config.mid_attn,
-        use_quant_conv=config.quant_convs,
-        use_post_quant_conv=config.quant_convs,
-        sample_size=image_size,
+    settings: dict[str, Any] = {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_ch,
+        "latent_channels": config.embed_dim,
+        "block_out_channels": [config.ch * mult for mult in config.ch_mult],
+        "layers_per_block": config.num_res_blocks,
+        "norm_num_groups": config.norm_groups,
+        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attending],
+        "up_block_types": [
+            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attending)
+        ],
+        "mid_block_add_attention": config.mid_attn,
+        "use_quant_conv": config.quant_convs,
+        "use_post_quant_conv": config.quant_convs,
+        "sample_size": image_size,
         **stored,
-    )
+    }
+    twin = AutoencoderKL(**settings)
     twin.load_state_dict(to_diffusers(model))
     twin.save_pretrained(folder)
 

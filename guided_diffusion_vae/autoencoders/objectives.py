@@ -21,7 +21,7 @@ from ..config import UserError, refuse_below
 from ..fp16_util import TrainingDiverged
 from .adversarial import D_LOSSES, PatchDiscriminator, adaptive_weight, generator_loss
 from .base import Posterior
-from .foundation import load_foundation, load_timm, marginal_cosine, marginal_distance_matrix
+from .foundation import FoundationModel, load_foundation, load_timm, marginal_cosine, marginal_distance_matrix
 from .perceptual import load_lpips
 
 PIXEL_LOSSES = {
@@ -89,6 +89,12 @@ class Objective(nn.Module):
         UserError: a term that needs weights which are not there.
     """
 
+    logvar: th.Tensor
+    perceptual_loss: nn.Module | None
+    discriminator: nn.Module | None
+    foundation_model: nn.Module | None
+    linear_proj: nn.Conv2d | None
+
     def __init__(
         self,
         config: ObjectiveConfig,
@@ -96,7 +102,7 @@ class Objective(nn.Module):
         image_channels: int,
         *,
         lpips: nn.Module | None = None,
-        foundation: nn.Module | None = None,
+        foundation: FoundationModel | None = None,
     ):
         super().__init__()
         self.config = config
@@ -108,10 +114,10 @@ class Objective(nn.Module):
         if config.disc_factor:
             self.discriminator = PatchDiscriminator(image_channels, config.disc_ndf, config.disc_num_layers)
         if config.use_vf != "none":
-            self.foundation_model = foundation or load_foundation(
+            self.foundation_model = foundation = foundation or load_foundation(
                 config.use_vf, config.vf_path, upstream_input=config.vf_upstream_input
             )
-            ends = (z_channels, self.foundation_model.channels)
+            ends = (z_channels, foundation.channels)
             c_in, c_out = ends if config.reverse_proj else ends[::-1]
             self.linear_proj = nn.Conv2d(c_in, c_out, 1, bias=not config.reverse_proj)
             self.linear_proj.requires_grad_(not config.proj_fix)
@@ -132,8 +138,8 @@ class Objective(nn.Module):
         z: th.Tensor,
         *,
         step: int,
-        encoder_last: nn.Parameter,
-        decoder_last: nn.Parameter,
+        encoder_last: th.Tensor,
+        decoder_last: th.Tensor,
     ) -> tuple[th.Tensor, Terms]:
         """L, and its terms under upstream's names.
 
@@ -149,8 +155,8 @@ class Objective(nn.Module):
         """
         config = self.config
         rec = PIXEL_LOSSES[config.pixel_loss](x - recon)
-        if self.perceptual_loss is not None:
-            perceptual = self.perceptual_loss(x, recon)
+        perceptual = None if self.perceptual_loss is None else self.perceptual_loss(x, recon)
+        if perceptual is not None:
             rec = rec + config.perceptual_weight * perceptual.view(-1, 1, 1, 1)
         nll = (rec / self.logvar.exp() + self.logvar).sum() / len(x)
         kl = posterior.kl().mean()
@@ -158,10 +164,11 @@ class Objective(nn.Module):
             kl = 2 * kl / posterior.mean[0].numel()
         loss = nll + config.kl_weight * kl
         terms = {"rec_loss": rec.mean(), "nll_loss": nll, "kl_loss": kl, "logvar": self.logvar}
-        if self.perceptual_loss is not None:
+        if perceptual is not None:
             terms["lpips"] = perceptual.mean()
 
         if delta := self.delta(step):
+            assert self.discriminator is not None
             self.discriminator.requires_grad_(False)  # its own gradients are not wanted here, only those through it
             g = generator_loss(self.discriminator(recon))
             self.discriminator.requires_grad_(True)
@@ -184,6 +191,7 @@ class Objective(nn.Module):
 
     def alignment(self, x: th.Tensor, z: th.Tensor) -> th.Tensor:
         """L_vf of latents z with the features of images x; both losses see the projected side."""
+        assert self.foundation_model is not None and self.linear_proj is not None
         config, f = self.config, self.foundation_model(x)
         z, f = (self.linear_proj(z), f) if config.reverse_proj else (z, self.linear_proj(f))
         distmat = marginal_distance_matrix(z, f, config.distmat_margin)
@@ -194,6 +202,7 @@ class Objective(nn.Module):
 
         While `delta(step)` is 0 it teaches nothing and may be left out.
         """
+        assert self.discriminator is not None
         real, fake = self.discriminator(x.detach()), self.discriminator(recon.detach())
         loss = self.delta(step) * D_LOSSES[self.config.disc_loss](real, fake)
         terms = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}

@@ -11,7 +11,9 @@ VA-VAE checkpoints.
 
 import re
 from collections import OrderedDict
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch as th
 import torch.nn as nn
@@ -33,6 +35,8 @@ class LPIPS(nn.Module):
     Args:
         width: channels of the first stage; 64 is VGG16.
     """
+
+    scaling_layer: Any  # with the buffers `shift` and `scale`
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -70,14 +74,15 @@ class LPIPS(nn.Module):
         """
         pairs = zip(self.features(x), self.features(y), strict=True)
         heads = (getattr(self, f"lin{k}")["model"] for k in range(len(STAGES)))
-        return sum(head((f - g) ** 2).mean(dim=(1, 2, 3)) for head, (f, g) in zip(heads, pairs, strict=True))
+        by_stage = (head((f - g) ** 2).mean(dim=(1, 2, 3)) for head, (f, g) in zip(heads, pairs, strict=True))
+        return reduce(th.add, by_stage)
 
 
 def vgg16_stages(width: int) -> nn.Module:
     """VGG16's convolutions as slice1 to slice5; layers keep torchvision's numbers, which count over all stages."""
     net, number, c_in = nn.Module(), 0, 3
     for k, (convolutions, factor) in enumerate(STAGES):
-        layers = [nn.MaxPool2d(2)] if k else []
+        layers: list[nn.Module] = [nn.MaxPool2d(2)] if k else []
         for _ in range(convolutions):
             layers += [nn.Conv2d(c_in, factor * width, 3, padding=1), nn.ReLU()]
             c_in = factor * width

@@ -141,7 +141,9 @@ def turn(matrices, vectors) -> np.ndarray:
     return np.einsum("tij,tj->ti", matrices, vectors)
 
 
-def rotation(psi=0.0, theta=0.0, phi=0.0) -> np.ndarray:
+def rotation(
+    psi: np.ndarray | float = 0.0, theta: np.ndarray | float = 0.0, phi: np.ndarray | float = 0.0
+) -> np.ndarray:
     """Rz(phi) Ry(theta) Rx(psi), (T, 3, 3); a positive theta swings a hanging limb forward."""
     psi, theta, phi = np.broadcast_arrays(psi, theta, phi)
     zero, one = 0 * psi, 0 * psi + 1

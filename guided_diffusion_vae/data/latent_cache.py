@@ -6,6 +6,7 @@ A cache knows the autoencoder, the size and every file with its length and time:
 import json
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch as th
@@ -18,6 +19,16 @@ from ..config import UserError
 from .image_folder import ImageFolder, read_rgb, refuse
 
 ENCODE_BATCH = 32
+
+
+class Images(Protocol):
+    """Rows (image, conditions) at one size."""
+
+    resolution: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple: ...
 
 
 class MomentsDataset(Dataset):
@@ -60,7 +71,7 @@ def _unreadable(paths, indices) -> dict[int, str]:
     return bad
 
 
-def cached_moments(images: Dataset, folder: ImageFolder, vae, data_dir: Path, cache: str, say) -> MomentsDataset:
+def cached_moments(images: Images, folder: ImageFolder, vae, data_dir: Path, cache: str, say) -> MomentsDataset:
     """Collective: call on every process. The cached moments of these images; encoded now if not there or outdated."""
     place = Path(cache) if cache else data_dir / ".latents" / f"{vae.fingerprint}-{images.resolution}"
     wanted = cache_index(folder, vae, images.resolution, data_dir)
@@ -102,7 +113,7 @@ def cache_is_current(place: Path, wanted: dict, *, named: bool) -> bool:
     return found == wanted and (place / "moments.npy").is_file()
 
 
-def encode_folder(images: Dataset, vae, place: Path, index: dict, say) -> None:
+def encode_folder(images: Images, vae, place: Path, index: dict, say) -> None:
     """Collective: call on every process. Encode every image once; each process writes its share of one array."""
     shape = (len(images), 2 * vae.latent_channels, *vae.latent_shape(images.resolution)[1:])
     say(f"encoding {shape[0]} images once into {place}")

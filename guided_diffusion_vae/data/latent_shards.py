@@ -104,7 +104,7 @@ def open_shard(path) -> Shard:
     lacking = [name for name in ("latents", "labels") if name not in tensors]
     if lacking:
         raise UserError(f"{path} holds no {' and no '.join(lacking)}; extract it again with {SCRIPT}")
-    latents, flip, labels = (tensors.get(name) for name in ("latents", "latents_flip", "labels"))
+    latents, flip, labels = tensors["latents"], tensors.get("latents_flip"), tensors["labels"]
     if not latents.is_of("F32", *latents.shape) or len(latents.shape) != 4 or 0 in latents.shape:
         raise UserError(f"{path}: latents are {latents.code} {latents.shape}; they must be F32 (n, C, h, w), n > 0")
     if flip and not flip.is_of("F32", *latents.shape):
@@ -126,7 +126,8 @@ def write_safetensors(path, tensors: dict[str, list[np.ndarray]], metadata: dict
         SaveError: see `checkpoint.atomic_write`.
     """
     code = {dtype: name for name, dtype in TYPES.items()}
-    header, begin = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    begin = 0
     for name, parts in tensors.items():
         end = begin + sum(part.nbytes for part in parts)
         shape = [sum(len(part) for part in parts), *parts[0].shape[1:]]
@@ -138,7 +139,7 @@ def write_safetensors(path, tensors: dict[str, list[np.ndarray]], metadata: dict
         handle.write(struct.pack("<Q", len(text)) + text)
         for parts in tensors.values():
             for part in parts:
-                handle.write(np.ascontiguousarray(part))
+                handle.write(np.ascontiguousarray(part).data)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

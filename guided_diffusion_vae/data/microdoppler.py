@@ -241,8 +241,8 @@ def spectrogram_db(scene: Scene, rng, *, carrier_ghz=24.0, duration_s=3.0, size=
     clutter = level * 10 ** (scene.clutter_db / 20) * np.exp(1j * (wander + rng.uniform(0, 2 * np.pi)))
     noise = rng.normal(size=(2, len(signal))) * level * 10 ** (-scene.snr_db / 20) / np.sqrt(2)
     received = (signal + clutter + noise[0] + 1j * noise[1]).astype(np.complex64)
-    edges_hz = tuple(doppler_hz(velocity, carrier_ghz) for velocity in VELOCITY_MPS)
-    power = stft_power(received, size=size, edges_hz=edges_hz, prf_hz=prf, window_s=window_s)
+    low_hz, high_hz = (doppler_hz(velocity, carrier_ghz) for velocity in VELOCITY_MPS)
+    power = stft_power(received, size=size, edges_hz=(low_hz, high_hz), prf_hz=prf, window_s=window_s)
     return db_re_peak(power * moving_target_filter(size)[:, None])
 
 
@@ -287,7 +287,7 @@ def simulate_dataset(config: SimulationConfig) -> Path:
     jobs = plan(config)
     root = claim_folder(config)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(config.workers or cores, len(jobs))
+    workers = min(config.workers or cores or 1, len(jobs))
     with one_thread_a_process(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(_make, [config] * len(jobs), jobs, chunksize=16)
         rows = list(tqdm(made, total=len(jobs), desc="simulating", unit="image"))

@@ -14,7 +14,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def seeded_split(n: int, seed: int, fractions: tuple[float, float, float] = FRACTIONS) -> Split:
+def seeded_split(n: int, seed: int, fractions: Sequence[float] = FRACTIONS) -> Split:
     """0 ... n-1 in three parts, disjoint and complete; the same for the same seed.
 
     Args:
@@ -268,9 +268,10 @@ def _find(root: Path, stem: str, ndim: int) -> Path | None:
 def _read_pair(root: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, H, W) and labels (N,), uint8."""
     where = _find(root, f"{prefix}-images", 3), _find(root, f"{prefix}-labels", 1)
+    assert where[0], prefix
     if not where[1]:
         raise UserError(f"{where[0]} is there, but not {prefix}-labels-idx1-ubyte(.gz); put it beside")
-    images, labels = map(read_idx, where)
+    images, labels = read_idx(where[0]), read_idx(where[1])
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size:
         raise UserError(f"{where[0]} holds {images.dtype} {images.shape}, not grey images (N, H, W) in bytes")
     if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:

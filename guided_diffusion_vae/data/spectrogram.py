@@ -11,6 +11,7 @@ A radial velocity v is a Doppler frequency f = 2 v / lambda; approach is positiv
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -124,7 +125,8 @@ def unit_from_colours(pixels, colormap="jet") -> tuple[np.ndarray, np.ndarray]:
     Returns:
         values (...) in [-1, 1]; distances (...) in 8-bit levels (Euclidean): large where a picture left the map.
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    distance, index = cKDTree(colour_table(colormap).astype(float)).query(np.asarray(pixels, dtype=float))
+    nearest: Any = KDTree(colour_table(colormap).astype(float)).query(np.asarray(pixels, dtype=float))
+    distance, index = nearest
     return index / 127.5 - 1, distance

@@ -13,6 +13,7 @@ Random numbers of a step are drawn for all its slots and sliced in the same way.
 
 import random
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
@@ -37,7 +38,7 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def slot_randn(shape, *, seed: int, step: int, use: int, device="cpu") -> th.Tensor:
+def slot_randn(shape, *, seed: int, step: int, use: int, device: th.device | str = "cpu") -> th.Tensor:
     """This process's slice of one step's normal numbers, the same however many processes share the step.
 
     Args:
@@ -49,6 +50,14 @@ def slot_randn(shape, *, seed: int, step: int, use: int, device="cpu") -> th.Ten
     return th.randn((n * size, *shape[1:]), generator=generator, device=device)[rank * n : (rank + 1) * n]
 
 
+class Rows(Protocol):
+    """A dataset of known length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Order(Dataset):
     """A dataset read by stream position instead of by index; augmentation is seeded by the position, too.
 
@@ -56,7 +65,7 @@ class Order(Dataset):
         labels: (N,) of the dataset's rows, if classes are to be balanced.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int, shuffle: bool, labels=None):
+    def __init__(self, dataset: Rows, *, seed: int, shuffle: bool, labels=None):
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
         self.classes = [] if labels is None else [np.flatnonzero(labels == y) for y in np.unique(labels)]
         self._orders: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}  # for each use the round, and its order

@@ -46,6 +46,7 @@ COMMANDS = {  # that work in a world; each reads what its flags name
     "simulate_microdoppler.py": "--out_dir {out}",
     "evaluate_samples.py": f"{SETS} --out_dir {{out}}",
     "validate.py": f"{SETS} --out_dir {{out}}",
+    "gallery.py": f"{SETS} --out {{out}}/gallery.html",
     "augmentation_study.py": f"{SETS} --out_dir {{out}}",
     "evaluator.py": "{samples} {samples}",
     "make_reference.py": "--data_dir {data} --out {out}/reference.npz",

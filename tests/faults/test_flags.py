@@ -17,6 +17,7 @@ OPTIONAL = {  # they may be empty, or are not read by the command
     *(("classifier_train_vae.py", "val_data_dir"), ("classifier_train_vae.py", "model_path")),
     *(("image_sample_vae.py", "classifier_path"), ("run_pipeline.py", "classifier_path")),
     *(("run_pipeline.py", "heldout_dir"), ("run_pipeline.py", "val_dir"), ("evaluator.py", "vae_path")),
+    ("gallery.py", "heldout_dir"),
 }
 WRONG = {int: ("many", "1.5"), float: ("much",), bool: ("maybe",)}  # words that are none of a type
 
