@@ -503,7 +503,9 @@ def fingerprint(model: nn.Module, scale: LatentScale | None = None) -> str:
 def warn_unless_unit_variance(z: th.Tensor, say) -> None:
     """Say so if model latents are far from unit variance: the scale factor does not fit these data."""
     std = z.float().std().item()
-    if not 0.5 < std < 2.0:
+    if std == 0:
+        say("warning: the latents of these images are all the same number: there is nothing in them to learn")
+    elif not 0.5 < std < 2.0:
         say(
             f"warning: the latents' standard deviation is {std:.3g}, not about 1: --scale_factor does not fit these"
             f" images (try {1 / std:.4g} times the present one)"

@@ -530,7 +530,7 @@ COUNTS = {
 @drawing
 def test_rows_of_the_confusion_are_shares_and_the_dots_their_diagonals():
     figure = plots.draw_confusion(COUNTS, ["ann", "bob", "cy"])
-    made, real, _, dots = figure.axes
+    made, _, real, dots = figure.axes
     shares = [axes.get_images()[0].get_array() for axes in (made, real)]
     assert np.allclose(shares[1].sum(axis=1), 1) and np.allclose(shares[0][:2].sum(axis=1), 1)
     assert np.isnan(np.asarray(shares[0].filled(np.nan))[2]).all()  # of cy nothing was generated

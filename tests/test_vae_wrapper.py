@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from guided_diffusion_vae.autoencoders import layouts
 from guided_diffusion_vae.autoencoders.kl import KLAutoencoder, KLConfig
 from guided_diffusion_vae.config import UserError
-from guided_diffusion_vae.vae_wrapper import SD_SCALE, VAEConfig, VAEInterface, load_vae, stats_file
+from guided_diffusion_vae.vae_wrapper import (
+    SD_SCALE,
+    VAEConfig,
+    VAEInterface,
+    load_vae,
+    stats_file,
+    warn_unless_unit_variance,
+)
 
 
 @pytest.fixture(scope="module")
@@ -386,3 +393,13 @@ def test_the_shipped_file_tells_what_it_is():
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata()
     assert json.loads(metadata["config"])["z_channels"] == 4 and float(metadata["scale_factor"]) > 0
+
+
+def test_a_spread_that_is_not_one_is_said_with_what_would_make_it_one():
+    said = []
+    z = 4.0 * th.tensor([-1.0, 1.0]).repeat(500)
+    for latents in (z / 4, z, th.full((8,), 3.0)):
+        warn_unless_unit_variance(latents, said.append)
+    assert len(said) == 2
+    assert "standard deviation is 4" in said[0] and "try 0.2499 times" in said[0]
+    assert "all the same number" in said[1]  # of black pictures, say: a division by their spread ended the training

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +38,11 @@ def test_killed_at_random_moments(verb, ranks, data, straight, tmp_path, record_
     def goes_to_its_end():
         done = run(verb.script, *verb.words(source, out), ranks=ranks)
         assert done.returncode == 0, done.stderr
-        assert_same_end(unhurt, out, *verb.makes, atol=atol)
+        try:
+            assert_same_end(unhurt, out, *verb.makes, atol=atol)
+        except AssertionError:
+            keep_evidence(unhurt, out)
+            raise
         assert_tidy(out)
 
     with undisturbed(data, straight):
@@ -54,6 +59,19 @@ def test_killed_at_random_moments(verb, ranks, data, straight, tmp_path, record_
                 shutil.rmtree(out)
         goes_to_its_end()
     record_property("tried", killed)
+
+
+def keep_evidence(unhurt, out):
+    """Both folders where no later run of pytest clears them away; what happens once in a thousand kills is rare."""
+    place = Path(tempfile.mkdtemp(prefix="killed_"))
+    for folder in (unhurt, out):
+        shutil.copytree(folder, place / folder.name)
+    print(f"kept in {place}")
+    for file in sorted(path.relative_to(unhurt) for path in unhurt.rglob("*") if path.is_file()):
+        same = (out / file).is_file() and (out / file).read_bytes() == (unhurt / file).read_bytes()
+        print("same   " if same else "differs", file)
+    for log in out.rglob("log.txt"):
+        print(log.read_text())
 
 
 # ---- inside the write of a checkpoint --------------------------------------------------------------------------------
