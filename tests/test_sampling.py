@@ -142,14 +142,12 @@ def test_a_flag_that_contradicts_the_run_is_one_line(trained, tmp_path, flags, w
 
 
 def test_files_that_are_no_network_are_one_line(trained, tmp_path):
-    for name, words in (
-        ("opt000003.pt", "holds an optimizer's state"),
-        ("state000003.pt", "holds no weights"),
-        ("", "is a folder"),
+    for path, words in (
+        (trained.with_name("opt000003.pt"), "holds an optimizer's state"),
+        (trained.with_name("state000003.pt"), "holds no weights"),
+        (tmp_path, "is a folder without a checkpoint"),
     ):
-        done = script(
-            "image_sample_vae.py", "--model_path", trained.with_name(name) if name else trained.parent, check=False
-        )
+        done = script("image_sample_vae.py", "--model_path", path, check=False)
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 

@@ -5,6 +5,8 @@ on with that; one goes on with it alone. What they saw is written down, and the 
 """
 
 import csv
+import enum
+import io
 import json
 import os
 import pickle
@@ -346,3 +348,30 @@ def test_a_table_of_contents_is_data(tmp_path, monkeypatch, content):
     with pytest.raises(UserError, match="damaged or holds more than data"):
         sharding._reader(tmp_path).read_metadata()
     assert not (tmp_path / "ran").exists()
+
+
+class AsPython3112(pickle.Pickler):
+    """Members of enumerations as Python 3.11.0 to 3.11.3 write them."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_tables_of_other_pythons_are_read_and_nothing_else_by_their_getattr():
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    def read(pickler, value):
+        written = io.BytesIO()
+        pickler(written).dump(value)
+        return sharding._DataOnly(io.BytesIO(written.getvalue())).load()
+
+    about = TensorProperties(dtype=th.float32)
+    assert read(pickle.Pickler, about) == about == read(AsPython3112, about)
+    assert b"getattr" in (lambda out: AsPython3112(out).dump(about) or out.getvalue())(io.BytesIO())
+
+    class Reach:
+        def __reduce__(self):
+            return getattr, (TensorProperties, "__init__")
+
+    with pytest.raises(pickle.UnpicklingError, match="getattr of"):
+        read(pickle.Pickler, Reach())

@@ -43,6 +43,7 @@ FLAGS = [  # every flag that a file with weights, arrays or latents may stand be
     ("vae_infer.py", "ckpt", ""),
     ("run_pipeline.py", "vae_path", ""),
     *((script, "samples", "") for script in ("evaluate_samples.py", "validate.py", "augmentation_study.py")),
+    ("gallery.py", "samples", ""),
     ("evaluator.py", "inception_weights", "--check_weights False"),
     ("evaluator.py", "dinov2_path", "--features dinov2"),
     ("evaluator.py", "vae_path", "--features vae"),
