@@ -360,4 +360,4 @@ def _member(kind, name: str) -> enum.Enum:
     """An enumeration's member, in place of `getattr`, which would reach everything."""
     if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
         raise pickle.UnpicklingError(f"getattr of {kind}")
-    return kind[name]
+    return kind.__members__[name]
