@@ -356,7 +356,7 @@ class _DataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
-def _member(kind, name: str) -> enum.Enum:
+def _member(kind: Any, name: str) -> Any:
     """An enumeration's member, in place of `getattr`, which would reach everything."""
     if not isinstance(kind, enum.EnumType) or name not in kind.__members__:
         raise pickle.UnpicklingError(f"getattr of {kind}")
