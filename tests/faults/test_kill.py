@@ -169,6 +169,36 @@ def test_killed_between_the_calls_of_a_write(tmp_path, number, monkeypatch, reco
     record_property("tried", nth - 1)
 
 
+@pytest.mark.fault(
+    "kill -9 before each file of a run's first checkpoint",
+    promise="the run begins again, or goes on from upstream's model if it came from one: never from half of its own",
+)
+@pytest.mark.parametrize("upstreams", [None, 3])
+def test_killed_in_the_first_write(tmp_path, upstreams, monkeypatch, record_property):
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    if upstreams:
+        write_checkpoint(tmp_path, upstreams)
+        (tmp_path / f"state{upstreams:06d}.pt").unlink()
+    save = checkpoint.save
+    for files in range(1, 10):
+        left = [files]
+
+        def counted(obj, path):
+            left[0] -= 1  # noqa: B023
+            return save(obj, path) if left[0] else die()  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", counted)
+            killed = dies(lambda: write_checkpoint(tmp_path, 10))
+        newest, notes = run_state.newest_checkpoint(tmp_path)
+        if not killed:
+            break
+        assert Path(newest).name == (f"model{upstreams:06d}.pt" if upstreams else ""), (files, newest)
+        assert files == 1 or any("passed over checkpoint 10" in note and "cut off" in note for note in notes), notes
+    assert Path(newest).name == "model000010.pt" and files > 3
+    record_property("tried", files - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     "kill -9 before each file of the last write of an autoencoder's training",
