@@ -3,7 +3,7 @@
 `model000010.pt`, `ema_0.9999_000010.pt` and `opt000010.pt` are upstream's. `state000010.pt` is written last and is the
 commit mark: it lists the others with length and SHA-256, and holds what the continuation needs beside them (step,
 random states of every process, loss scale, sampler). A checkpoint without its state is upstream's, or was cut off: the
-first of a run, which could be either, has a state from its beginning that says that it is none yet.
+first of a run, which could be either, is marked by `begun000010.pt` for as long as it is being written.
 
 A run with `--sharding fsdp2` has a folder `shards000010/` in the place of the optimizer's file; its files are listed,
 too. A folder without a state tells that its checkpoint was cut off.
@@ -30,20 +30,16 @@ class NewerVersion(UserError):
     """A checkpoint that this program is too old to read. It is whole, so that no earlier one must take its place."""
 
 
-class CutOff(UserError):
-    """A checkpoint whose writing was interrupted."""
-
-
 def write_checkpoint(folder: Path, number: int, files: dict[str, object], state: dict) -> None:
     """Write the files, then the state that commits them.
 
     Raises:
         SaveError: the disk is full; what was complete before is still complete.
     """
-    written, mark = [], f"state{number:06d}.pt"
+    written, mark = [], f"begun{number:06d}.pt"
     try:
         if not any(folder.glob("state*.pt")):  # where there is none, a model without one is taken for upstream's
-            checkpoint.save({"format": FORMAT, "files": {}, "begun": True}, folder / mark)
+            checkpoint.save({}, folder / mark)
             written.append(mark)
         for name, obj in files.items():
             checkpoint.save(obj, folder / name)
@@ -52,6 +48,7 @@ def write_checkpoint(folder: Path, number: int, files: dict[str, object], state:
         remove(folder, written)
         raise
     commit(folder, number, describe(folder, files), state)
+    remove(folder, [path.name for path in folder.glob("begun*.pt")])
 
 
 def describe(folder: Path, names) -> dict[str, list]:
@@ -87,8 +84,9 @@ def clear_shards(folder: Path, number: int) -> None:
 
 
 def _cut_off(folder: Path) -> set[int]:
-    """The numbers of sharded checkpoints that nobody committed."""
-    numbers = _numbers((path.with_suffix(".pt") for path in folder.glob("shards*")), "shards")
+    """The numbers of sharded checkpoints, and of a run's first, that nobody committed."""
+    numbers = {*_numbers((path.with_suffix(".pt") for path in folder.glob("shards*")), "shards")}
+    numbers |= {*_numbers(folder.glob("begun*.pt"), "begun")}
     return {number for number in numbers if not (folder / f"state{number:06d}.pt").is_file()}
 
 
@@ -97,7 +95,6 @@ def read_state(model_path) -> dict:
 
     Raises:
         UserError: the checkpoint is damaged.
-        CutOff: its writing was interrupted.
         NewerVersion: it was written by a newer program.
     """
     path = Path(model_path)
@@ -108,8 +105,6 @@ def read_state(model_path) -> dict:
     state = checkpoint.load(state_path)
     if state["format"] > FORMAT:
         raise NewerVersion(f"{state_path} was written by a newer version of this program; update it")
-    if state.get("begun"):
-        raise CutOff(f"{path} was cut off before it was complete; choose another, or --resume_checkpoint auto")
     for name, (size, sha256) in state["files"].items():
         file = path.parent / name
         if not file.is_file() or file.stat().st_size != size or checkpoint.digest(file) != sha256:
@@ -159,7 +154,7 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
     notes += [f"removed the incomplete file {name}" for name in checkpoint.sweep(folder)]
     cut_off = _cut_off(folder)
     notes += [f"passed over checkpoint {number}: it was cut off before it was complete" for number in sorted(cut_off)]
-    numbers, begun = sorted(_numbers(folder.glob("state*.pt"), "state"), reverse=True), []
+    numbers = sorted(_numbers(folder.glob("state*.pt"), "state"), reverse=True)
     for number in numbers:
         model = folder / f"model{number:06d}.pt"
         try:
@@ -169,9 +164,8 @@ def newest_checkpoint(folder) -> tuple[str, list[str]]:
             raise
         except UserError as error:
             notes.append(f"passed over checkpoint {number}: {error}")
-            begun += [number] if isinstance(error, CutOff) else []
     bare = sorted(_numbers(folder.glob("model*.pt"), "model") - cut_off - set(numbers))
-    if bare and begun == numbers:
+    if bare and not numbers:
         notes.append(f"model{bare[-1]:06d}.pt has no run state beside it: continuing as upstream does")
         return str(folder / f"model{bare[-1]:06d}.pt"), notes
     return "", notes
