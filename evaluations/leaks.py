@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from .findings import Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import digests, share_interval
-from .physics import detect_colormap, thumbnails
+from .physics import colormap_of, thumbnails
 
 SIDE, COLUMNS = 32, 64  # of the small pictures; those that are shifted keep more columns, or shifts fall between them
 AROUND = 5, 9  # rows and columns of the small pictures whose mean is taken off to see the grain
@@ -245,7 +245,7 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
         names: file names of the images of each set, if known: they stand in the table, and may tell of sessions.
     """
     findings, notes, worst = [], [], []
-    colormap = detect_colormap(next(iter(sets.values())).pixels)
+    colormap = colormap_of(next(iter(sets.values())).pixels)
     small = {key: make_small(images, colormap) for key, images in sets.items()}
     for known, new in combinations(sets, 2):
         if sets[new].pixels.shape[1:] != sets[known].pixels.shape[1:]:

@@ -17,7 +17,7 @@ from guided_diffusion_vae.config import UserError, refuse_below
 
 from .image_sets import ImageSet, shuffle_pixels
 from .manifold import NEIGHBOURS, fidelity, near_copy_rate, nearest
-from .physics import as_points, detect_colormap
+from .physics import as_points, colormap_of
 from .report import GENERATED, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
 from .statistics import frechet_distance, kernel_distance
 from .user_classifier import SIZE, Judgement, train_user_classifier
@@ -165,7 +165,7 @@ def _distance(features: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 def _copying(train: ImageSet, sets: dict[str, ImageSet]) -> dict[str, dict[str, float]]:
     """How near each set is to the training images as pictures; images set aside do not count themselves."""
-    colormap = detect_colormap(train.pixels)
+    colormap = colormap_of(train.pixels)
     learned = as_points(train.pixels, colormap)
     count = min(NEIGHBOURS, len(learned) - 1)
     near = {

@@ -29,7 +29,7 @@ from .image_sets import ImageSet
 from .leaks import IN_PLACE, SHIFTED, Found, find_twins, make_small, picture
 from .manifold import NEIGHBOURS, near_copy_rate, neighbours
 from .measure import set_aside, share_interval
-from .physics import as_points, detect_colormap
+from .physics import as_points, colormap_of
 from .statistics import bootstrap_interval
 
 NOISE = 0.1  # of a copy, in units of the usual distance between training images
@@ -121,7 +121,7 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
     if len(aside) < FEWEST or not len(heldout.pixels) or not len(samples.pixels):
         few = f"{total} training, {len(heldout.pixels)} held-out and {len(samples.pixels)} generated images"
         return Section(title="Memorisation", notes=[f"{few} are too few to look for copies"])
-    colormap = detect_colormap(train.pixels)
+    colormap = colormap_of(train.pixels)
     learned = as_points(train.pixels, colormap)
     among = near_each_other(learned)
     count = min(len(samples.pixels), MOST_COPIES)

@@ -18,7 +18,7 @@ import torch as th
 import torch.nn.functional as F
 from scipy.stats import wasserstein_distance
 
-from guided_diffusion_vae.data.spectrogram import ANCHORS, row_axis, unit_from_colours
+from guided_diffusion_vae.data.spectrogram import detect_colormap, row_axis, unit_from_colours
 
 from .findings import Finding, Section, Table
 from .image_sets import ImageSet, shuffle_pixels
@@ -27,7 +27,6 @@ from .statistics import mean_interval
 BLOCK = 2**19  # pixels at a time
 SIDE = 32  # of the pictures whose distances are measured
 LUMINANCE = "luminance"
-OFF_THE_MAP = 25.0  # mean distance, in 8-bit levels, from which on a picture is not in the colours of a map
 CLIP_DB = 45.0  # what the colours are assumed to span, where nobody says
 NOISE_PERCENTILE, PEAK_PERCENTILE = 25, 99.9  # of a picture's values
 ABOVE_NOISE = 0.15  # of the span of the colours: 7 of 45 dB
@@ -66,12 +65,9 @@ class Axes(NamedTuple):
     seconds: float = 1.0
 
 
-def detect_colormap(pixels: np.ndarray, *, most: int = 64) -> str:
-    """The known colour map nearest to images (N, H, W, 3), by the mean distance of their pixels; else "luminance"."""
-    some = pixels[:: max(1, len(pixels) // most), ::2, ::2]
-    residual = {name: float(values_of(some, name)[1].mean()) for name in ANCHORS}
-    best = min(residual, key=residual.__getitem__)
-    return best if residual[best] < OFF_THE_MAP else LUMINANCE
+def colormap_of(pixels: np.ndarray) -> str:
+    """The known colour map that images (N, H, W, 3) are in; else "luminance"."""
+    return detect_colormap(pixels) or LUMINANCE
 
 
 def values_of(pixels: np.ndarray, colormap: str) -> tuple[np.ndarray, np.ndarray]:
@@ -79,11 +75,8 @@ def values_of(pixels: np.ndarray, colormap: str) -> tuple[np.ndarray, np.ndarray
     if colormap == LUMINANCE:
         values = pixels @ np.array([0.299, 0.587, 0.114]) / 255
         return values, np.zeros_like(values)
-    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
-    packed = red << 16 | green << 8 | blue
-    colours, place = np.unique(packed, return_inverse=True)  # a picture has few colours, of many pixels
-    unit, distance = unit_from_colours(np.stack([colours >> 16, (colours >> 8) & 255, colours & 255], -1), colormap)
-    return ((unit + 1) / 2)[place].reshape(packed.shape), distance[place].reshape(packed.shape)
+    unit, distance = unit_from_colours(pixels, colormap)
+    return (unit + 1) / 2, distance
 
 
 def find_axes(pixels: np.ndarray, colormap: str) -> tuple[Axes, bool]:
@@ -125,10 +118,10 @@ def measure_physics(
 
     Args:
         axes: None: Doppler from -1 to 1, time in pictures.
-        colormap: of `ANCHORS`, or "luminance"; None looks which fits.
+        colormap: a known one, or "luminance"; None looks which fits.
         clip_db: what the colours span.
     """
-    axes, colormap = axes or Axes(), colormap or detect_colormap(pixels)
+    axes, colormap = axes or Axes(), colormap or colormap_of(pixels)
     step = max(1, BLOCK // (pixels.shape[1] * pixels.shape[2]))
     parts = [_measure(pixels[i : i + step], axes, colormap, clip_db) for i in range(0, len(pixels), step)]
     return {name: np.concatenate([part[name] for part in parts]) for name in QUANTITIES}
@@ -244,7 +237,7 @@ def physics(
         clip_db: what the colours span; None assumes 45 dB, and a note says so.
     """
     rng = np.random.default_rng(seed)
-    colormap = colormap or detect_colormap(train.pixels)
+    colormap = colormap or colormap_of(train.pixels)
     notes = [f"colours are read as {colormap}"]
     if colormap == LUMINANCE:
         notes = ["the pictures are in no known colour map: their luminance is measured"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .image_sets import ImageSet
-from .physics import Axes, detect_colormap, find_axes, measure_physics, values_of
+from .physics import Axes, colormap_of, find_axes, measure_physics, values_of
 
 STATISTICS = "mean brightness", "contrast", "noise floor", "bulk Doppler without its sign", "bandwidth"
 SHRINKAGE = 0.1  # for users of whom there are few images
@@ -39,7 +39,7 @@ class Shortcut(NamedTuple):
     @classmethod
     def learn(cls, train: ImageSet) -> "Shortcut":
         """From labelled images, some of every user."""
-        colormap = detect_colormap(train.pixels)
+        colormap = colormap_of(train.pixels)
         axes, _ = find_axes(train.pixels, colormap)
         x = picture_statistics(train.pixels, axes, colormap)
         centre, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)

@@ -34,7 +34,7 @@ from .physics import (
     LUMINANCE,
     QUANTITIES,
     Axes,
-    detect_colormap,
+    colormap_of,
     find_axes,
     measure_physics,
     thumbnails,
@@ -99,7 +99,7 @@ class Sifter:
             UserError: a user has too few pictures for a hull.
         """
         assert method in METHODS, method
-        colormap = colormap or detect_colormap(train.pixels)
+        colormap = colormap or colormap_of(train.pixels)
         axes = axes or find_axes(train.pixels, colormap)[0]
         labels = np.zeros(len(train.pixels), dtype=int) if train.labels is None else train.labels
         names = ["everybody"] if train.labels is None else list(train.class_names)

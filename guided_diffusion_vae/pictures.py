@@ -17,13 +17,13 @@ from .checkpoint import atomic_write
 from .config import UserError, read_yaml
 from .data.image_folder import image_from_pixels, list_images
 from .data.microdoppler import VELOCITY_MPS, SimulationConfig
+from .data.spectrogram import detect_colormap
 from .denoiser import denoiser_of
 from .image_datasets import PARTS, ImageDataset
 from .plotting import (
     PictureAxes,
     Walk,
     colours_in_words,
-    colours_of,
     draw_grid,
     draw_latents,
     draw_walks,
@@ -222,7 +222,7 @@ def draw_samples(
         batch: all images, see `sample_util.join`.
         edges: see `axes_of_run`.
     """
-    folder, colours = Path(folder), colours_of(batch.pixels)
+    folder, colours = Path(folder), detect_colormap(batch.pixels)
     say(colours_in_words(colours))
     figures = {
         "grid_axes.png": lambda: draw_grid(*rows_of(batch, class_names), edges, colours),
@@ -259,7 +259,7 @@ def draw_latents_of(
     """
     some = spread(np.arange(len(pixels)), ENCODED)
     shown = [int(some[labels[some] == user][0]) for user in spread(np.unique(labels[some]), LATENT_ROWS)]
-    colours = colours_of(pixels[some])
+    colours = detect_colormap(pixels[some])
     say(colours_in_words(colours))
     images = th.from_numpy(np.stack([image_from_pixels(pixels[i]) for i in (*shown, *some)]))
     z = vae.encode_batch(images.to(dist_util.dev()), generator=th.Generator().manual_seed(0))

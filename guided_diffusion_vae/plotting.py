@@ -16,7 +16,6 @@ import numpy as np
 
 from .checkpoint import atomic_write
 from .config import UserError
-from .data.spectrogram import ANCHORS, unit_from_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +36,6 @@ PANELS = {  # words at the side -> what the three training loops call what is dr
 }
 MANY_ROWS = 200  # of a log, from which on a curve is noise without a moving average
 DECADE = 10.0  # a curve whose largest value is so many times its smallest has a logarithmic axis
-OFF_THE_MAP = 25.0  # mean distance, in 8-bit levels, from which on a picture is in the colours of no known map
 GREY = "grey"
 LATENT_COLUMNS = 8  # channels side by side
 REACH = 4.0  # standard deviations that a histogram shows
@@ -219,16 +217,8 @@ def _curve(axes, steps, values, name: str) -> None:
 # ---- spectrograms ----------------------------------------------------------------------------------------------------
 
 
-def colours_of(pixels: np.ndarray) -> str:
-    """The map that images (N, H, W, 3) uint8 are coloured in: grey, jet or another known one; empty if none is near."""
-    some = pixels[:: max(1, len(pixels) // 16), ::2, ::2]
-    apart = {name: float(unit_from_colours(some, name)[1].mean()) for name in ANCHORS}
-    best = min(apart, key=lambda name: apart[name])
-    return best if apart[best] < OFF_THE_MAP else ""
-
-
 def colours_in_words(colours: str) -> str:
-    """What `colours_of` found, as a line for the terminal."""
+    """What `detect_colormap` found, as a line for the terminal."""
     if not colours:
         return "colours: of no known map, shown as they are"
     return f"colours: {colours} (detected{', shown in viridis' if colours == GREY else ''})"
@@ -270,7 +260,7 @@ def draw_grid(
     Args:
         rows: for each user images (n, H, W, 3) uint8, at least one; names: of the users.
         edges: None shows rows and columns of pixels.
-        colours: see `colours_of`.
+        colours: see `detect_colormap`.
     """
     height, width = rows[0].shape[1:3]
     side, tall, gap, top, bottom = 1.0, height / width, 0.08, 0.12, 0.45

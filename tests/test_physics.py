@@ -72,14 +72,14 @@ def test_reversed_time_changes_the_sign_of_the_skewness():
 def test_a_colour_map_is_recognised_and_inverted(colormap):
     unit = np.random.default_rng(0).uniform(-1, 1, (3, 24, 24))
     pixels = colours_from_unit(unit, colormap)
-    assert ph.detect_colormap(pixels) == colormap
+    assert ph.colormap_of(pixels) == colormap
     values, distance = ph.values_of(pixels, colormap)
     assert np.abs(values - (unit + 1) / 2).max() < 2.1 / 255 and distance.max() == 0  # parula's colours lie close
 
 
 def test_a_photograph_is_in_no_colour_map():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    assert ph.detect_colormap(pixels) == ph.LUMINANCE
+    assert ph.colormap_of(pixels) == ph.LUMINANCE
     white = np.full((1, 8, 8, 3), 255, dtype=np.uint8)
     assert ph.values_of(white, ph.LUMINANCE)[0] == pytest.approx(1)
 

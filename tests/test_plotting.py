@@ -337,23 +337,23 @@ def test_the_colours_are_found(name):
     values = np.random.RandomState(0).uniform(-1, 1, (4, 16, 16))
     pixels = spectrogram.colours_from_unit(values, name)
     blurred = np.clip(pixels + np.random.RandomState(1).normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
-    assert plotting.colours_of(pixels) == plotting.colours_of(blurred) == name
+    assert spectrogram.detect_colormap(pixels) == spectrogram.detect_colormap(blurred) == name
     assert plotting.colours_in_words(name).startswith(f"colours: {name} (detected")
 
 
-def test_colours_of_no_map():
-    assert plotting.colours_of(noise(4, 16, 16, 3)) == ""
+def test_colours_that_are_in_no_map():
+    assert spectrogram.detect_colormap(noise(4, 16, 16, 3)) == ""
     assert plotting.colours_in_words("") == "colours: of no known map, shown as they are"
 
 
 @drawing
 def test_grey_values_are_shown_in_viridis_and_colours_as_they_are():
     grey = noise(1, 4, 4, 1).repeat(3, axis=3)
-    shown = plotting.draw_grid([grey], ["a"], None, plotting.colours_of(grey)).axes[0].get_images()[0]
+    shown = plotting.draw_grid([grey], ["a"], None, spectrogram.detect_colormap(grey)).axes[0].get_images()[0]
     assert np.allclose(shown.get_array(), grey[0, ..., 0] / 255) and shown.get_cmap().name == "viridis"
     assert shown.get_clim() == (0, 1)
     jet = spectrogram.colours_from_unit(np.linspace(-1, 1, 16).reshape(1, 4, 4))
-    shown = plotting.draw_grid([jet], ["a"], None, plotting.colours_of(jet)).axes[0].get_images()[0]
+    shown = plotting.draw_grid([jet], ["a"], None, spectrogram.detect_colormap(jet)).axes[0].get_images()[0]
     assert np.array_equal(shown.get_array(), jet[0])
 
 
