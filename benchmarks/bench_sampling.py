@@ -31,6 +31,7 @@ from evaluations.manifold import fidelity
 from evaluations.measure import set_aside
 from evaluations.statistics import frechet_distance
 from evaluations.user_classifier import train_user_classifier
+from guided_diffusion_vae.plotting import new_figure, save_figure
 
 HERE = Path(__file__).resolve().parent
 SCRIPT, OFFICIAL = HERE.parent / "scripts" / "image_sample_vae.py", HERE / "official_sampler.py"
@@ -64,11 +65,9 @@ def scores(judge, samples, reference) -> dict[str, float]:
 
 def plot(results: dict, path: str, title: str) -> None:
     """Identity, distance and variety over the number that differs between the ways."""
-    from matplotlib.figure import Figure
-
     ways = list(results["ways"])
     x = [float(re.findall(r"-?\d+\.?\d*", way)[-1]) for way in ways]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(9, 3.2, layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("user_accuracy", "fd_user", "recall"), strict=True):
         values = [results["ways"][way][name] for way in ways]
         axes.plot(x, [value["median"] for value in values], "o-")
@@ -79,7 +78,7 @@ def plot(results: dict, path: str, title: str) -> None:
         axes.set(xlabel=re.sub(r"[\d.\s-]+$", "", ways[0].split("--")[-1]), title=COLUMNS[name])
         axes.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main():

@@ -113,13 +113,13 @@ def our_network(case: Case, run=None, device=None) -> th.nn.Module:
 
 
 class OurTraining:
-    """Our training loop, step by step."""
+    """Our training loop, step by step, with draws in upstream's order unless there is a seed."""
 
-    def __init__(self, case: Case, **flags):
+    def __init__(self, case: Case, *, seed: int | None = None, weights=None, **flags):
         run = run_of(TRAINING, {**case.flags, "batch_size": case.batch, "ema_rate": 0.999, **flags})
         model, process = our_network(case, run), assembly.create_process(run, case.vae)
-        model.load_state_dict(case.weights)
-        settings = asdict(run.section(train_util.TrainConfig)) | {"seed": None}  # draws in upstream's order
+        model.load_state_dict(weights or case.weights)
+        settings = asdict(run.section(train_util.TrainConfig)) | {"seed": seed}
         settings |= {"save_interval": NEVER, "log_interval": NEVER}
         settings["schedule_sampler"] = create_named_schedule_sampler(settings["schedule_sampler"], process)
         self.loop = train_util.TrainLoop(model=model, diffusion=process, data=None, use_fp16=run.use_fp16, **settings)

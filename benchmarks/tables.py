@@ -12,6 +12,8 @@ import json
 import re
 from pathlib import Path
 
+from guided_diffusion_vae.plotting import new_figure, save_figure
+
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS, SCALING = "performance_ratios.png", "performance_scaling.png"
 
@@ -144,9 +146,7 @@ def curves_of(rows) -> dict[tuple[str, str], list[dict]]:
 
 def plot_ratios(pairs: list[dict], path: Path) -> None:
     """How many times as fast, as bars with their range; the line is the rival."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1 + 0.28 * len(pairs)), layout="constrained")
+    figure = new_figure(9, 1 + 0.28 * len(pairs), layout="constrained")
     axes, places = figure.subplots(), range(len(pairs))
     middle = [pair["ratio"]["median"] for pair in pairs]
     reach = [
@@ -160,24 +160,22 @@ def plot_ratios(pairs: list[dict], path: Path) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times as fast (median, least and most of the rounds)")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_curves(curves: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """One panel for each thing that changes."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys((over, points[0]["unit"]) for (over, _), points in curves.items()))
     columns = min(3, len(kinds))
     lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3 * lines), layout="constrained")
+    figure = new_figure(3.6 * columns, 3 * lines, layout="constrained")
     for (over, unit), axes in zip(kinds, figure.subplots(lines, columns, squeeze=False).flat, strict=False):
         for (other, label), points in curves.items():
             if (other, points[0]["unit"]) == (over, unit):
                 axes.plot([row["x"] for row in points], [row["median"] for row in points], "o-", label=label)
         axes.set(xlabel=over, ylabel=unit, xscale="log", yscale="log")
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

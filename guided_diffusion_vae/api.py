@@ -24,10 +24,10 @@ from . import dist_util
 from .cli import scripts, with_recipes
 from .config import UserError, did_you_mean
 from .data.image_folder import image_from_pixels
-from .generation import Generation, prepare, sampling_parser
+from .generation import Generation, prepare, read_flags
 from .sample_util import Batch, PngWriter, join, to_pixels
-from .stages import python
-from .trained import open_model, run_of_model
+from .stages import python, words_of
+from .trained import open_model
 
 
 class Samples(NamedTuple):
@@ -56,15 +56,6 @@ class CommandFailed(RuntimeError):
         self.code = code
 
 
-def flags_of(settings: dict) -> list[str]:
-    """{"lr": 1e-3, "users": ["3", "7"]} as the words of a command line."""
-    words = []
-    for name, value in settings.items():
-        several = isinstance(value, list | tuple)
-        words += [f"--{name}", *(map(str, value) if several else [str(value)])]
-    return words
-
-
 def run(name: str, *, processes: int = 1, **flags) -> None:
     """Run a command to its end, its output printed here as it comes.
 
@@ -79,7 +70,7 @@ def run(name: str, *, processes: int = 1, **flags) -> None:
     known = scripts()
     if name not in known:
         raise UserError(f"unknown command {name}{did_you_mean(name, known)}; known are {', '.join(known)}")
-    command = python(known[name].name, {}, processes=processes) + with_recipes(flags_of(flags))
+    command = python(known[name].name, {}, processes=processes) + with_recipes(words_of(flags))
     how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     last = ""
     with subprocess.Popen(command, **how, text=True, encoding="utf-8", errors="replace", bufsize=1) as process:
@@ -109,7 +100,7 @@ class Model:
         self.path, self.opened = Path(run.model_path), open_model(run, record)
 
     def _run(self, path, **settings):
-        return run_of_model(sampling_parser(__doc__), flags_of({"model_path": path, **settings}))
+        return read_flags(words_of({"model_path": path, **settings}), __doc__)
 
     @property
     def class_names(self) -> list[str]:

@@ -8,24 +8,30 @@ import torch as th
 from . import logger
 from .assembly import SamplerConfig, create_process, create_sampler, refuse_unfit
 from .compiling import compile_network
-from .config import Parser, Run, create_argparser
+from .config import Run, create_argparser
 from .guidance import GuidanceConfig
 from .guides import Guided, with_guides
 from .image_datasets import DataConfig
 from .noised_classifier import LatentClassifierConfig
 from .sample_util import Batch, SamplingConfig, classes_in_turn, sample_batches
 from .train_config import TrainConfig
-from .trained import NETWORK, Trained
+from .trained import NETWORK, Trained, run_of_model
 from .vae_wrapper import VAEInterface
 
 SECTIONS = (SamplingConfig, SamplerConfig, GuidanceConfig, LatentClassifierConfig, *NETWORK)
 ALIASES = {"users": "user_ids", "cfg_scale": "condition_scale"}
 
 
-def sampling_parser(description: str | None, *more) -> Parser:
-    """The flags of sampling, and those of further sections; recipes may hold those of training, too."""
+def read_flags(argv: list[str] | None, description: str | None, *more) -> tuple[Run, dict]:
+    """The flags of sampling, and those of further sections, with what the model's run says of the rest.
+
+    Raises:
+        UserError: see `run_of_model` and `refuse_unfit`.
+    """
     about = {"description": description, "aliases": ALIASES, "elsewhere": (DataConfig, TrainConfig)}
-    return create_argparser(*SECTIONS, *more, **about)
+    run, record = run_of_model(create_argparser(*SECTIONS, *more, **about), argv)
+    refuse_unfit(run)
+    return run, record
 
 
 class Generation(NamedTuple):
@@ -68,9 +74,8 @@ def prepare(run: Run, opened: Trained) -> Generation:
     """Collective: call on every process. Compile, guide and solve as the flags say.
 
     Raises:
-        UserError: see `refuse_unfit`, `create_process`, `create_sampler` and `with_guides`.
+        UserError: see `create_process`, `create_sampler` and `with_guides`.
     """
-    refuse_unfit(run)
     if run.compile:
         compile_network(opened.model, logger.warn)
     config = run.section(SamplerConfig)

@@ -49,6 +49,15 @@ class Stage:
     clears: Path | None = None
 
 
+def words_of(settings: dict) -> list[str]:
+    """{"lr": 1e-3, "users": ["3", "7"], "seed": None} as the words of a command line: None leaves a flag out."""
+    words = []
+    for name, value in settings.items():
+        several = isinstance(value, list | tuple)
+        words += [] if value is None else [f"--{name}", *(map(str, value) if several else [str(value)])]
+    return words
+
+
 def python(script: str, own: dict, given: dict | None = None, *, processes: int = 1) -> list[str]:
     """The command that runs a script, on several processes if asked, with this Python's own mpiexec if it has one.
 
@@ -61,8 +70,7 @@ def python(script: str, own: dict, given: dict | None = None, *, processes: int 
         base = [mpiexec, "-n", str(processes), *base]
     elif processes > 1:
         base = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", base[1]]
-    words = own | {name: value for name, value in (given or {}).items() if name not in own}
-    return base + [word for name, value in words.items() if value is not None for word in (f"--{name}", str(value))]
+    return base + words_of(own | {name: value for name, value in (given or {}).items() if name not in own})
 
 
 def shown(command: list[str]) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 
 from guided_diffusion_vae import dist_util, logger, run_record
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.curves import draw_progress
 from guided_diffusion_vae.flow_matching import FlowConfig
 from guided_diffusion_vae.guides import load_guided
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, speaking_of
@@ -30,7 +31,7 @@ from guided_diffusion_vae.noised_classifier import (
     create_latent_classifier,
     refuse_impossible,
 )
-from guided_diffusion_vae.plotting import PlotConfig, draw_progress
+from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.script_util import DiffusionConfig, LaterDiffusionConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 from guided_diffusion_vae import assembly, dist_util, logger
 from guided_diffusion_vae.assembly import SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
-from guided_diffusion_vae.generation import prepare, sampling_parser
+from guided_diffusion_vae.generation import prepare, read_flags
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.guides import digests
 from guided_diffusion_vae.pictures import WatchedSampler, axes_of_run, draw_samples
@@ -28,15 +28,14 @@ from guided_diffusion_vae.sample_util import (
     save_manifest,
     save_samples,
 )
-from guided_diffusion_vae.trained import open_model, results_folder, run_of_model
+from guided_diffusion_vae.trained import open_model, results_folder
 
 RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing", "compile")
 RECORDED += ("timestep_respacing", *(field.name for field in fields(GuidanceConfig)), "model_path")
 
 
 def main(argv=None):
-    run, record = run_of_model(sampling_parser(__doc__, PlotConfig), argv)
-    assembly.refuse_unfit(run)
+    run, record = read_flags(argv, __doc__, PlotConfig)
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:

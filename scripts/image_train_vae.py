@@ -24,9 +24,10 @@ from guided_diffusion_vae.assembly import (
     try_settings,
 )
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.curves import draw_progress
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
 from guided_diffusion_vae.logger import LogConfig
-from guided_diffusion_vae.plotting import PlotConfig, draw_progress
+from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.sample_util import Preview

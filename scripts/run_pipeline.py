@@ -16,6 +16,7 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.data.latent_extract import ExtractConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.pipeline import PipelineConfig, average, digest, flags, judged_by, samples_file
+from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.stages import Stage, python, run_stages, shown
 from guided_diffusion_vae.train_config import TrainConfig
 from guided_diffusion_vae.vae_wrapper import PIXEL, STATS, VAEConfig
@@ -24,7 +25,7 @@ TRAINING = (TrainConfig, DataConfig, *NETWORK_SECTIONS, VAEConfig)
 
 
 def main(argv=None):
-    run = parse_run(create_argparser(PipelineConfig, *SAMPLING, *TRAINING, description=__doc__), argv)
+    run = parse_run(create_argparser(PipelineConfig, PlotConfig, *SAMPLING, *TRAINING, description=__doc__), argv)
     pipeline.refuse_unfit(run)
     print(run)
     stages = [training(run), sampling(run)]
@@ -45,7 +46,8 @@ def main(argv=None):
 def extraction(run) -> Stage:
     own = {"data_dir": run.data_dir, "val_dir": run.val_dir or None, "out_dir": Path(run.out_dir, "latents")}
     own |= {"with_flips": run.random_flip or None, "batch_size": None}  # --batch_size is training's
-    command = python("latent_extract.py", own, flags(run, ExtractConfig, VAEConfig), processes=run.processes)
+    given = flags(run, ExtractConfig, VAEConfig, PlotConfig)
+    command = python("latent_extract.py", own, given, processes=run.processes)
     reads = lambda: [digest(run.data_dir), digest(run.val_dir), pipeline.digest_autoencoder(run.vae_path)]  # noqa: E731
     made = pipeline.latents_of(run)[0] / STATS
     about = {"made": lambda: made, "whole": lambda: pipeline.latents_are_whole(run)}
@@ -55,7 +57,7 @@ def extraction(run) -> Stage:
 def training_words(run):
     train, val = (run.data_dir, run.val_dir) if run.vae_path == PIXEL else pipeline.latents_of(run)
     own = {"data_dir": train, "val_dir": val or None, "log_dir": Path(run.out_dir, "train")}
-    return own | {"batch_size": run.batch_size, "resume_checkpoint": "auto"}, flags(run, *TRAINING)
+    return own | {"batch_size": run.batch_size, "resume_checkpoint": "auto"}, flags(run, *TRAINING, PlotConfig)
 
 
 def training(run) -> Stage:
@@ -72,7 +74,7 @@ def sampling(run) -> Stage:
 
     def command():
         words = {"model_path": average(run), **own}
-        return python("image_sample_vae.py", words, flags(run, *SAMPLING), processes=run.processes)
+        return python("image_sample_vae.py", words, flags(run, *SAMPLING, PlotConfig), processes=run.processes)
 
     about = {"made": lambda: samples_file(run), "clears": folder / "png"}
     record = Path(run.out_dir, "train", "run.yaml")  # which may name another decoder now
@@ -86,7 +88,7 @@ def judging(run) -> Stage:
     own |= {"skip_bad_images": run.skip_bad_images or None}
 
     def command():
-        return python("evaluate_samples.py", {**own, "samples": samples_file(run)})
+        return python("evaluate_samples.py", {**own, "samples": samples_file(run)}, flags(run, PlotConfig))
 
     reads = lambda: [digest(place) for place in (samples_file(run), run.data_dir, heldout)]  # noqa: E731
     return Stage(name="judge", command=command, inputs=reads, made=lambda: out / "report.json")

@@ -13,9 +13,10 @@ from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoders.ldm_config import is_ldm, settings_from_ldm
 from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.curves import draw_progress
 from guided_diffusion_vae.data.vae_data import VAEDataConfig
 from guided_diffusion_vae.logger import LogConfig
-from guided_diffusion_vae.plotting import PlotConfig, draw_progress
+from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.run_state import seed_weights
 from guided_diffusion_vae.vae_tasks import VAEModelConfig, create_task, default_folder
 from guided_diffusion_vae.vae_train_util import VAETrainConfig, VAETrainer

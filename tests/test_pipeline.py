@@ -474,6 +474,13 @@ def test_run_again_it_has_nothing_to_do(undisturbed, data, capfd):
     assert capfd.readouterr().out.count("done before") == 4
 
 
+def test_every_stage_is_asked_for_its_pictures(data, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    run_here(*data, *TINY, "--out_dir", tmp_path / "out", "--plot", True, "--dry_run", True)
+    commands = [line for line in capfd.readouterr().out.splitlines() if line.startswith("== ")]
+    assert len(commands) == 4 and all("--plot True" in line for line in commands)
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_lost_latents_are_extracted_again(part, undisturbed, data, capfd):
     """Only those of the part that lost them; the same rows, so that no other stage has anything to do."""

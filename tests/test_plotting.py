@@ -17,7 +17,7 @@ from evaluations import measure, plots, report, user_classifier
 from evaluations.findings import Section
 from evaluations.html import render
 from evaluations.image_sets import ImageSet
-from guided_diffusion_vae import checkpoint, logger, pictures, plotting
+from guided_diffusion_vae import checkpoint, curves, logger, pictures, plotting
 from guided_diffusion_vae.assembly import SamplerConfig, create_sampler
 from guided_diffusion_vae.autoencoders.objectives import ObjectiveConfig
 from guided_diffusion_vae.config import UserError
@@ -70,7 +70,7 @@ def write_log(folder, columns):
     rows = zip(*columns.values(), strict=True)
     lines = [",".join("" if value is None else str(value) for value in row) for row in rows]
     (folder / "progress.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
-    return plotting.read_progress(folder / "progress.csv")
+    return curves.read_progress(folder / "progress.csv")
 
 
 def lines(axes):
@@ -94,7 +94,7 @@ TRAINING = {
 
 @drawing
 def test_the_curves_are_those_of_the_log(tmp_path):
-    figure = plotting.draw_curves(write_log(tmp_path, TRAINING))
+    figure = curves.draw_curves(write_log(tmp_path, TRAINING))
     loss, quarters, gradient = figure.axes
     drawn = lines(loss)
     assert drawn["loss"] == [[0, 50, 100, 150], TRAINING["loss"]]
@@ -111,10 +111,10 @@ def test_what_the_loops_log_finds_its_panel():
     """The columns of the three training loops, as their rows have them."""
     rows = {name: np.array([2.0, 1.0]) for name in "epoch images_per_second kl recon step".split()}
     rows["loss"] = np.array([3.0, 2.0])
-    assert plotting.panels_of(rows) == {"loss": ["loss"], "terms": ["kl", "recon"]}
+    assert curves.panels_of(rows) == {"loss": ["loss"], "terms": ["kl", "recon"]}
     words = "step total_loss rec_loss nll_loss kl_loss logvar g_loss d_weight disc_loss logits_real logits_fake lpips"
     rows = {name: np.array([1.0, float(i)]) for i, name in enumerate(words.split(), start=1)}
-    assert plotting.panels_of(rows) == {
+    assert curves.panels_of(rows) == {
         "loss": ["total_loss"],
         "terms": ["rec_loss", "nll_loss", "kl_loss", "g_loss", "disc_loss", "lpips"],
         "discriminator's logits": ["logits_real", "logits_fake"],
@@ -122,7 +122,7 @@ def test_what_the_loops_log_finds_its_panel():
     }
     words = "step samples grad_norm train_loss train_loss_q0 train_acc@1 train_acc@1_q0 train_acc@5 val_acc@1 val_loss"
     rows = {name: np.array([1.0, float(i)]) for i, name in enumerate(words.split(), start=1)}
-    assert plotting.panels_of(rows | {"train_ce": np.array([np.nan, np.nan])}) == {
+    assert curves.panels_of(rows | {"train_ce": np.array([np.nan, np.nan])}) == {
         "loss": ["train_loss", "val_loss"],
         "loss by quarter of the times": ["train_loss_q0"],
         "share named right": ["train_acc@1", "train_acc@5", "val_acc@1"],
@@ -132,15 +132,15 @@ def test_what_the_loops_log_finds_its_panel():
 
 def test_the_best_step_without_validation_and_with_a_loss_that_is_no_number():
     rows = {"step": np.array([0.0, 1, 2]), "loss": np.array([3.0, np.nan, 2])}
-    assert plotting.best_of(rows) == ("loss", 2, 2.0)
-    assert plotting.best_of(rows | {"val_loss": np.array([np.nan, 5, np.inf])}) == ("val_loss", 1, 5.0)
-    assert plotting.best_of({"step": rows["step"], "grad_norm": rows["loss"]}) is None
+    assert curves.best_of(rows) == ("loss", 2, 2.0)
+    assert curves.best_of(rows | {"val_loss": np.array([np.nan, 5, np.inf])}) == ("val_loss", 1, 5.0)
+    assert curves.best_of({"step": rows["step"], "grad_norm": rows["loss"]}) is None
 
 
 @drawing
 def test_of_many_rows_a_moving_average_over_the_raw_curve():
     steps = np.arange(1000.0)
-    figure = plotting.draw_curves({"step": steps, "loss": 5 + (-1) ** steps})
+    figure = curves.draw_curves({"step": steps, "loss": 5 + (-1) ** steps})
     smooth, raw = (line.get_ydata() for line in figure.axes[0].get_lines()[:2])
     assert set(raw) == {4.0, 6.0} and np.allclose(smooth[20:-20], 5.0) and len(smooth) == 1000
 
@@ -149,8 +149,8 @@ def test_of_many_rows_a_moving_average_over_the_raw_curve():
 def test_a_log_without_rows_is_said(tmp_path, text):
     (tmp_path / "progress.csv").write_text(text)
     said = []
-    assert not plotting.draw_progress(tmp_path, said.append)
-    assert not plotting.draw_progress(tmp_path / "nowhere", said.append)
+    assert not curves.draw_progress(tmp_path, said.append)
+    assert not curves.draw_progress(tmp_path / "nowhere", said.append)
     assert len(said) == 2 and all("has no rows yet, or --log_format names no csv" in line for line in said)
 
 
@@ -193,7 +193,7 @@ def test_drawing_changes_no_training_and_no_failure_ends_one(tmp_path):
     saved = []
 
     def draw(folder):
-        saved.append(plotting.draw_progress(folder, logger.warn))
+        saved.append(curves.draw_progress(folder, logger.warn))
 
     plain = trained(tmp_path / "plain")
     drawn = trained(tmp_path / "drawn", lambda: draw(tmp_path / "drawn"))
@@ -232,13 +232,13 @@ def test_an_autoencoders_training_draws_its_terms(tmp_path):
             config = VAETrainConfig(batch_size=4, max_steps=4, save_interval=2, log_interval=1)
             about = {"image_size": 16, "folder": folder, "arguments": {}}
             if plot:
-                about["on_save"] = lambda folder=folder: drawn.append(plotting.draw_progress(folder, print))
+                about["on_save"] = lambda folder=folder: drawn.append(curves.draw_progress(folder, print))
             VAETrainer(task, parts.train, parts.val, config, **about).run()
         weights[plot] = checkpoint.load(folder / "last.pt")["model"]
     assert drawn == [True, True] and all(th.equal(weights[True][name], x) for name, x in weights[False].items())
-    columns = plotting.read_progress(tmp_path / "True" / "progress.csv")
-    assert list(columns["step"]) == [1, 2, 3, 4] and {"rec_loss", "kl_loss"} <= {*plotting.panels_of(columns)["terms"]}
-    assert plotting.panels_of(columns)["loss"] == ["total_loss"]
+    columns = curves.read_progress(tmp_path / "True" / "progress.csv")
+    assert list(columns["step"]) == [1, 2, 3, 4] and {"rec_loss", "kl_loss"} <= {*curves.panels_of(columns)["terms"]}
+    assert curves.panels_of(columns)["loss"] == ["total_loss"]
 
 
 def test_whatever_goes_wrong_is_one_line():
