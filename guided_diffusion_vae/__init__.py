@@ -15,7 +15,7 @@ data          data.microdoppler, data.gait, data.spectrogram, data.image_folder,
               data.stream (order and noise of a step), data.latent_cache, data.latent_shards and .latent_extract,
               image_datasets
 loops         train_util with train_config, validation, posthoc_ema and sharding; sample_util; estimate
-              vae_tasks, vae_train_util, vae_infer_util; plotting, on pictures: what --plot True draws
+              vae_tasks, vae_train_util, vae_infer_util; plotting, curves, pictures: what --plot True draws
 the hall      script_util: upstream's defaults and create_*; assembly: every network, process and sampler from flags;
               trained: a model again, compiling: faster; guides: a weaker network, a classifier; noised_classifier
               generation: all of them at work; api: the same from Python

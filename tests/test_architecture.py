@@ -30,7 +30,7 @@ FLOORS = [
     },
     {
         *("train_util", "train_config", "sharding", "validation", "sample_util", "likelihood", "estimate"),
-        *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema", "plotting", "pictures"),
+        *("vae_tasks", "vae_train_util", "vae_infer_util", "posthoc_ema", "plotting", "curves", "pictures"),
     },
     {
         "script_util",
