@@ -4,7 +4,8 @@
 
 One row a sentence: `{verb}` is the test's parameter of that name, so the cases of a parametrised test are one row where
 their sentences are the same and several where they differ. A test that tries its fault n times says so by
-`record_property("tried", n)`. `--all_faults` runs the slow ones as well, `--reliability FILE` writes the table.
+`record_property("tried", n)`. `--all_faults` runs the slow ones as well, `--reliability FILE` writes the table; a part
+of the suite, run without `-n`, writes its own rows and leaves those of the other tests that there are.
 """
 
 from collections import defaultdict
@@ -44,16 +45,18 @@ def pytest_configure(config):
     config.pluginmanager.register(rows)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leaves the slow faults out unless they are asked for, and puts each row's words where reports carry them."""
     for item in [item for item in items if item.path.is_relative_to(HERE)]:
+        if mark := item.get_closest_marker("fault"):
+            words = getattr(item, "callspec", None) and item.callspec.params or {}
+            row = [cell(text.format(**words)) for text in (mark.args[0], mark.kwargs["promise"])]
+            item.user_properties.append(("fault", row))
+            config.stash[Rows.key].place.setdefault(tuple(row), item.location[:2])
         if item.get_closest_marker("slow") and not config.getoption("--all_faults", False):
             items.remove(item)
             config.hook.pytest_deselected(items=[item])
-        elif mark := item.get_closest_marker("fault"):
-            words = getattr(item, "callspec", None) and item.callspec.params or {}
-            row = [text.format(**words) for text in (mark.args[0], mark.kwargs["promise"])]
-            item.user_properties.append(("fault", row))
 
 
 def pytest_sessionfinish(session):
@@ -61,7 +64,13 @@ def pytest_sessionfinish(session):
     if file and not hasattr(session.config, "workerinput"):
         path = session.config.rootpath / file
         before, _, rest = path.read_text().partition(BEGIN)
-        path.write_text(f"{before}{BEGIN}\n{HEAD}{session.config.stash[Rows.key].table()}{END}{rest.partition(END)[2]}")
+        old, _, after = rest.partition(END)
+        path.write_text(f"{before}{BEGIN}\n{HEAD}{session.config.stash[Rows.key].table(old)}{END}{after}")
+
+
+def cell(text):
+    """Words as they stand in a table."""
+    return " ".join(text.split()).replace("|", "/")
 
 
 class Rows:
@@ -70,24 +79,28 @@ class Rows:
     key = pytest.StashKey()
 
     def __init__(self):
-        self.reports = defaultdict(list)
+        self.reports, self.place = defaultdict(list), {}
 
     def pytest_runtest_logreport(self, report):
         words = dict(report.user_properties)
         if "fault" in words and (report.when == "call" or not report.passed):
-            self.reports[tuple(words["fault"])].append(report)
+            row = tuple(words["fault"])
+            self.reports[row].append(report)
+            self.place[row] = min(report.location[:2], self.place.get(row, report.location[:2]))
 
-    def table(self):
-        place = {row: min(report.location[:2] for report in reports) for row, reports in self.reports.items()}
-        return "".join(self.line(*row) for row in sorted(self.reports, key=lambda row: (place[row], row)))
+    def table(self, old):
+        """The rows that ran, and those of an old table that are still tested, in the order of the tests."""
+        lines = {tuple(line.split(" | ")[1:3]): f"{line}\n" for line in old.splitlines() if line.startswith("| ")}
+        lines = {row: line for row, line in lines.items() if row in self.place}
+        lines |= {row: self.line(*row) for row in self.reports}
+        return "".join(lines[row] for row in sorted(lines, key=lambda row: (self.place[row], row)))
 
     def line(self, what, promise):
         reports = self.reports[what, promise]
         area = Path(reports[0].location[0]).stem.removeprefix("test_").replace("_", " ").capitalize()
         tried = sum(dict(report.user_properties).get("tried", 1) for report in reports if report.when == "call")
-        ends = sorted({end(report) for report in reports})
-        cells = area, what, promise, str(tried), "; ".join(ends)
-        return f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in cells)} |\n"
+        ends = "; ".join(sorted({end(report) for report in reports}))
+        return f"| {area} | {what} | {promise} | {tried} | {cell(ends)} |\n"
 
 
 def end(report):
