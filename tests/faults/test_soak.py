@@ -16,10 +16,11 @@ WARM_UP, GROWTH = 4, 8_000_000  # rounds; bytes that all later ones together may
 
 
 def held():
-    """Bytes of memory that are this process's own, and its open files."""
+    """Bytes of memory that this process was given (pages of files are not counted: they are its own as long as no other
+    process reads them), and its open files."""
     gc.collect()
-    words = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    own = sum(int(words[name].split()[0]) * 1024 for name in ("Private_Clean", "Private_Dirty", "SwapPss"))
+    words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own = sum(int(words[name].split()[0]) * 1024 for name in ("RssAnon", "VmSwap"))
     return own, len(os.listdir("/proc/self/fd"))
 
 
