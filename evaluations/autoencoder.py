@@ -95,7 +95,8 @@ class AutoencoderReport:
         mean = float(self.psnr.mean())
         if mean < POOR_PSNR:
             words.append(
-                f"PSNR is {mean:.1f} dB: fine structure is lost, and generated images cannot be better than that."
+                f"PSNR is {mean:.1f} dB: fine structure is lost, and generated images cannot be better than that. Fit"
+                " it to your images by scripts/vae_train.py --config configs/vae_finetune_f4.yaml, or take a finer one."
             )
         if fatal or mean < POOR_PSNR - 5:
             return [*words, "Do not train a diffusion model on it."]

@@ -29,7 +29,8 @@ def save_run(
     latent_stats: Path | None = None,
     images_per_user: dict[str, int] | None = None,
 ) -> None:
-    """Write `run.yaml`: settings first, then the record of what they met.
+    """Write `run.yaml`: settings first, then the record of what they met. An autoencoder of one's own is named by its
+    absolute path, so that the model can be sampled from any folder.
 
     Args:
         latent_stats: a file of latent statistics that the run needs; its copy goes beside `run.yaml`.
@@ -38,6 +39,9 @@ def save_run(
     if latent_stats:
         with atomic_write(Path(folder) / latent_stats.name) as handle:
             handle.write(latent_stats.read_bytes())
+    place = Path(run.vae_path)
+    if place.exists() and (place.suffix or len(place.parts) > 1):  # neither a shipped one's name nor a hub's
+        run = run.replace(vae_path=str(place.absolute()))
     packages = ("torch", "numpy", "diffusers", "guided_diffusion_vae")
     record = {
         "class_names": class_names,

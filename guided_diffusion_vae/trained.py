@@ -42,6 +42,9 @@ def run_of_model(parser: Parser, argv=None) -> tuple[Run, dict]:
     run = parse_run(parser, argv, base={name: settings[name] for name in names if name in settings})
     run = run.replace(model_path=path)
     refuse_contradictions(run, settings, names)
+    place = Path(run.vae_path)
+    if "vae_path" not in run.given and place.is_absolute() and not place.exists():
+        raise UserError(f"--vae_path {place}, which {path} was trained with, is gone: give its new place")
     if "clip_denoised" not in run.given:
         run = run.replace(clip_denoised=run.vae_path == PIXEL)
     return run, record
@@ -71,6 +74,12 @@ def average_in(folder: Path, rate: float | str, *, best: bool) -> Path | None:
 def newest(paths) -> Path | None:
     """Of checkpoints the one of the highest step."""
     return max(paths, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def how_to_sample(path) -> str:
+    """A command for a first look at a model, as the last line of what made it."""
+    quick = "--num_samples 16 --sampler dpmpp_2m --num_steps 20"
+    return f"done: python scripts/image_sample_vae.py --model_path {path} {quick} draws from it"
 
 
 def results_folder(run: Run, name: str) -> str:

@@ -436,7 +436,9 @@ def from_folder(folder: Path) -> tuple[KLAutoencoder, LatentScale]:
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--vae_path {folder} is a folder without an autoencoder's config.json") from error
+        files = sorted(folder.glob("*.safetensors"))
+        remedy = f": give {files[-1]}, which lies in it" if files else ""
+        raise UserError(f"--vae_path {folder} is a folder without an autoencoder's config.json{remedy}") from error
     if kind != "AutoencoderKL":
         raise UserError(f"--vae_path {folder} holds a {kind}, not an AutoencoderKL")
     return from_diffusers(folder, local_files_only=True)

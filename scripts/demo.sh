@@ -21,3 +21,4 @@ echo
 echo "generated spectrograms: $out/samples/grid.png"
 echo "real beside generated:  $out/report/comparison.png"
 echo "numbers:                $out/report/report.json"
+[ ! -d .venv ] || [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || echo "your own commands:      . .venv/bin/activate, then README.md, \"Your own data\""

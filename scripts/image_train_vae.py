@@ -32,6 +32,7 @@ from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.run_state import refuse_used_folder, seed_weights
 from guided_diffusion_vae.sample_util import Preview
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
+from guided_diffusion_vae.trained import how_to_sample
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae, stats_file
 
 SECTIONS = (DataConfig, TrainConfig, *NETWORK_SECTIONS, VAEConfig, PlotConfig)
@@ -98,7 +99,7 @@ def main(argv=None):
         about = {"class_names": data.class_names, "autoencoder": vae.fingerprint, "latent_stats": stats}
         run_record.save_run(run, logger.get_dir(), **about, images_per_user=data.images_per_user)
     loop.run_loop()
-    logger.log(f"done: python scripts/image_sample_vae.py --model_path {loop.newest_average()} draws from it")
+    logger.log(how_to_sample(loop.newest_average()))
 
 
 if __name__ == "__main__":

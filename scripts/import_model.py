@@ -12,6 +12,7 @@ what ADM's U-Net does, in pixels or with an AutoencoderKL; any other is refused 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.diffusers_import import MODEL, ImportConfig, import_pipeline
+from guided_diffusion_vae.trained import how_to_sample
 
 
 def main(argv=None):
@@ -20,7 +21,7 @@ def main(argv=None):
     if run.dry_run:
         return
     print(import_pipeline(run.section(ImportConfig)))
-    print(f"done: python scripts/image_sample_vae.py --model_path {run.out_dir}/{MODEL} draws from it")
+    print(how_to_sample(f"{run.out_dir}/{MODEL}"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Writes ema_posthoc0.150_NNNNNN.pt into the run's folder, which image_sample_vae.
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.posthoc_ema import PosthocConfig, rebuild
+from guided_diffusion_vae.trained import how_to_sample
 
 
 def main(argv=None):
@@ -16,7 +17,7 @@ def main(argv=None):
         print(run)
         return
     path = rebuild(run.run_dir, run.sigma_rel, run.step)
-    print(f"done: python scripts/image_sample_vae.py --model_path {path} draws from it")
+    print(how_to_sample(path))
 
 
 if __name__ == "__main__":

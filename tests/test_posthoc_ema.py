@@ -304,7 +304,7 @@ def test_the_script_builds_what_the_sampler_takes(tmp_path):
         r"relative error of the profile 0\.00\d+, from 32 snapshots of lengths 0\.05, 0\.1 until step 16", built
     )
     path = run / "ema_posthoc0.150_000016.pt"
-    assert f"image_sample_vae.py --model_path {path} draws" in built
+    assert f"image_sample_vae.py --model_path {path} --num_samples" in built
     script("image_sample_vae.py", "--model_path", path, "--num_samples", 2, "--timestep_respacing", 2)
     refused = script("posthoc_ema.py", "--run_dir", run, "--sigma_rel", "0.5", check=False)
     assert refused.returncode == 2 and "--sigma_rel is 0.5; a relative length lies" in refused.stderr

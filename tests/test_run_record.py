@@ -1,12 +1,14 @@
 """A folder's checkpoints and its run.yaml against a command that would go on with another training there."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
 from guided_diffusion_vae import run_record
-from guided_diffusion_vae.config import UserError, create_argparser, parse_run
+from guided_diffusion_vae.config import UserError, create_argparser, parse_run, read_yaml
+from guided_diffusion_vae.generation import read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,27 @@ def folder(tmp_path):
     run_record.save_run(run, tmp_path, class_names=["ann", "bob"], autoencoder="0123")
     (tmp_path / "model000004.pt").touch()
     return tmp_path
+
+
+def test_an_autoencoder_of_ones_own_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    for name in ("vae/mine.safetensors", "mine.safetensors", "shipped"):
+        Path(name).touch()
+        run_record.save_run(resolved("--vae_path", name), tmp_path, class_names=[], autoencoder="0123")
+        found = read_yaml(tmp_path / "run.yaml")["vae_path"]
+        assert found == (name if name == "shipped" else str(tmp_path / name))
+
+
+def test_an_autoencoder_that_is_gone_is_named_with_its_run(tmp_path):
+    (tmp_path / "model000004.pt").touch()
+    (tmp_path / "run.yaml").write_text(f"vae_path: {tmp_path / 'gone.safetensors'}\n")
+    words = ["--model_path", str(tmp_path / "model000004.pt")]
+    with pytest.raises(
+        UserError, match="gone.safetensors, which .*model000004.pt was trained with, is gone: give its new place"
+    ):
+        read_flags(words, "")
+    assert read_flags([*words, "--vae_path", "pixel"], "")[0].vae_path == "pixel"
 
 
 SAME = ["--width", 64, "--rates", "1,2"]
