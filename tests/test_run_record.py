@@ -59,9 +59,7 @@ def test_an_autoencoder_that_is_gone_is_named_with_its_run(tmp_path):
     (tmp_path / "model000004.pt").touch()
     (tmp_path / "run.yaml").write_text(f"vae_path: {tmp_path / 'gone.safetensors'}\n")
     words = ["--model_path", str(tmp_path / "model000004.pt")]
-    with pytest.raises(
-        UserError, match="gone.safetensors, which .*model000004.pt was trained with, is gone: give its new place"
-    ):
+    with pytest.raises(UserError, match="gone.safetensors, which .*model000004.pt was trained with, is gone: "):
         read_flags(words, "")
     assert read_flags([*words, "--vae_path", "pixel"], "")[0].vae_path == "pixel"
 
