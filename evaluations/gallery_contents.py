@@ -5,6 +5,7 @@ of this, gallery_server shows them.
 """
 
 import csv
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from .report import GENERATED
 
 NOBODY = "unlabelled"  # who is shown where nobody said
 MOST_PORT = 65535
+MOST_SIDE = 256  # pixels of a picture on a page, before it is clicked at
 ACCEPTED = ["image", "accepted", "reason"]  # the header of the sifter's list
 
 
@@ -97,6 +99,13 @@ class Gallery:
     notes: list[str]  # of the report
     warnings: list[str]  # that what is said may not be of what is shown
     about: dict[str, str]  # what is shown, and what tells of it: name -> path
+
+    @functools.cached_property
+    def side(self) -> int:
+        """Pixels a side, beyond which a picture is shown reduced: those of the generated ones, which were made from and
+        are judged beside real ones of that size; at most `MOST_SIDE`."""
+        sizes = (picture.size() for picture in self.pictures if picture.kind == GENERATED)
+        return min(MOST_SIDE, max(next((size for size in sizes if size), (MOST_SIDE,))))
 
     def count(self, kind: str) -> int:
         """How many pictures are of a kind."""

@@ -28,7 +28,6 @@ from .html import write_text
 HOST = "127.0.0.1"
 HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)  # any port: it may be forwarded
 ADDRESS = re.compile(r"/(user|thumb|image)/([0-9]{1,9})")
-WHOLE = 256  # pixels a side, up to which a picture is shown as it is; larger ones are reduced to it
 USUAL = 128  # small pictures are enlarged by a whole number up to this
 MOST_BYTES = 15_000_000  # of pictures in one file, which then passes as a letter's attachment
 READERS = 2  # pictures that are read at once: the largest takes 0.2 GB
@@ -49,16 +48,16 @@ def enlarged(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] * zoom, size[1] * zoom
 
 
-def reduced(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a picture that is larger than `WHOLE`, reduced to it."""
-    scale = min(1.0, WHOLE / max(size))
+def reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of a picture, reduced to so many pixels a side if it is larger."""
+    scale = min(1.0, side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def png(image: Image.Image, *, small: bool) -> bytes:
-    """A picture as a PNG file, of at most `WHOLE` pixels a side if it is to be small."""
-    if small and max(image.size) > WHOLE:
-        image = image.resize(reduced(image.size), Image.Resampling.BOX)
+def png(image: Image.Image, side: int | None = None) -> bytes:
+    """A picture as a PNG file, of at most so many pixels a side."""
+    if side and max(image.size) > side:
+        image = image.resize(reduced(image.size, side), Image.Resampling.BOX)
     data = io.BytesIO()
     image.save(data, format="PNG")
     return data.getvalue()
@@ -87,12 +86,12 @@ class Embedded:
             except UserError:
                 self.unreadable += 1
                 continue
-            src = "data:image/png;base64," + base64.b64encode(png(picture, small=True)).decode()
+            src = "data:image/png;base64," + base64.b64encode(png(picture, gallery.side)).decode()
             left -= len(src) * (2 if number in self.thumbs else 1)
             if left < 0:
                 break
-            self.shown[number] = Shown(src, enlarged(reduced(picture.size)))
-            self.reduced = self.reduced or max(picture.size) > WHOLE
+            self.shown[number] = Shown(src, enlarged(reduced(picture.size, gallery.side)))
+            self.reduced = self.reduced or max(picture.size) > gallery.side
         self.left_out = len(gallery.pictures) - len(self.shown) - self.unreadable
 
     def person(self, place: int) -> str:
@@ -110,7 +109,7 @@ def write(gallery: Gallery, path, limit: int = MOST_BYTES) -> str:
     at = Embedded(gallery, limit)
     said = f"{len(at.shown)} of {len(gallery.pictures)} pictures are in this file"
     if at.reduced:
-        said += f", the larger ones reduced to {WHOLE} pixels"
+        said += f", the larger ones reduced to {gallery.side} pixels"
     if at.left_out:
         said += f"; {at.left_out} are left out, for it holds at most {limit / 1e6:g} MB of them"
     if at.unreadable:
@@ -138,8 +137,8 @@ class Served:
 
     def picture(self, number: int) -> Shown:
         size = self.gallery.pictures[number].size()
-        if size and max(size) > WHOLE:
-            return Shown(f"/thumb/{number}", reduced(size), f"/image/{number}")
+        if size and max(size) > self.gallery.side:
+            return Shown(f"/thumb/{number}", enlarged(reduced(size, self.gallery.side)), f"/image/{number}")
         return Shown(f"/image/{number}", size and enlarged(size))
 
 
@@ -162,7 +161,8 @@ def answer(gallery: Gallery, path: str) -> Answer:
     if found[1] == "user":
         return Answer(200, "text/html; charset=utf-8", page_of_one(gallery, Served(gallery), number).encode())
     try:
-        return Answer(200, "image/png", png(gallery.pictures[number].read(), small=found[1] == "thumb"))
+        side = gallery.side if found[1] == "thumb" else None
+        return Answer(200, "image/png", png(gallery.pictures[number].read(), side))
     except UserError as error:  # removed or damaged since it was listed
         return _words(404, str(error))
 

@@ -30,7 +30,7 @@ from evaluations.findings import Finding, Section, Table
 from evaluations.gallery_contents import GalleryConfig, collect
 from evaluations.gallery_page import page_of_all, page_of_one, thumbs_of
 from evaluations.gallery_report import HELDOUT, TRAINING, read_report
-from evaluations.gallery_server import Embedded, Served, Server, serve, write
+from evaluations.gallery_server import Embedded, Served, Server, answer, serve, write
 from evaluations.html import as_dict, write_json
 from evaluations.report import GENERATED, OTHER, SAME, SHUFFLED, SPLIT, Report, Scores
 from evaluations.validation import TITLE, in_short
@@ -135,7 +135,8 @@ def test_nothing_is_read_before_it_is_asked_for(world, monkeypatch):
     page_of_all(gallery, at)
     assert not opened
     page_of_one(gallery, at, 2)
-    assert len(opened) == sum(EACH.values()) and {path.parent.name for path in opened} >= {gallery.people[2].name}
+    assert len(opened) == sum(EACH.values()) + 1  # and the size of the first generated one
+    assert {path.parent.name for path in opened} >= {gallery.people[2].name}
 
 
 @pytest.mark.parametrize(
@@ -495,6 +496,11 @@ def test_a_users_page_has_all_his_pictures_true_to_their_pixels(world, tmp_path)
         assert [img["src"] for img in images] == [f"{address}{n}" for n in (2, 3, 6, 7)]
         whole_ones = [button.get("data-whole") for button in page.all("button") if "data-said" in button]
         assert whole_ones == [f"/image/{n}" if size > 256 else None for n in (2, 3, 6, 7)]
+    gallery = collect(GalleryConfig(real_dir=str(real), samples=str(tmp_path / "48")))  # to be compared at one size
+    images = [img for img in Page(page_of_one(gallery, Served(gallery), 1)).all("img") if "src" in img]
+    assert {(img["width"], img["height"]) for img in images} == {("96", "96")}
+    assert Image.open(io.BytesIO(answer(gallery, "/thumb/2").body)).size == (48, 48)
+    assert Image.open(io.BytesIO(answer(gallery, "/image/2").body)).size == (400, 400)
     links = {attrs.get("rel"): attrs["href"] for attrs in page.all("a")}
     assert links == {"prev": "/user/0", None: "/"}
 
@@ -690,7 +696,7 @@ def test_what_a_browser_cannot_show_is_a_png(tmp_path):
             shown = Image.open(io.BytesIO(body))
             assert (status, shown.format, shown.mode) == (200, "PNG", "RGB")
             assert np.array_equal(shown, read_rgb(picture.source))
-        assert Image.open(io.BytesIO(ask(port, "/thumb/5")[2])).size == (256, 128)
+        assert Image.open(io.BytesIO(ask(port, "/thumb/5")[2])).size == (gallery.side, gallery.side // 2)
         for number in (6, 7, 8):
             status, headers, body = ask(port, f"/image/{number}")
             assert status == 404 and headers["Content-Type"].startswith("text/plain") and body.count(b"\n") == 1
