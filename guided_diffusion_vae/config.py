@@ -298,7 +298,8 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--config {path} does not exist")
+        near = [str(file) for folder in {path.parent, Path("configs")} for file in sorted(folder.glob("*.yaml"))]
+        raise UserError(f"--config {path} does not exist{did_you_mean(str(path), near)}")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"--config {path} is larger than 1 MB; that is no recipe")
     try:

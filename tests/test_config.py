@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from guided_diffusion_vae import config
 
@@ -136,3 +137,10 @@ class Child(Toy):
 def test_help_of_inherited_fields():
     assert config.field_help(Child) == config.field_help(Toy) | {"deeper": "the child's own"}
     assert config.field_help(Toy)["flip"] == "stands above its field"
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "configs/dmeo.yaml"])
+def test_the_recipe_that_was_meant_is_named(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(config.UserError, match=rf"--config {name} does not exist \(did you mean configs/demo.yaml\?\)"):
+        config.read_yaml(name)
