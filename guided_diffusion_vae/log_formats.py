@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import uuid
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -107,12 +108,17 @@ class CSVOutputFormat(KVWriter):
         """Drop the rows of later steps, which a resumed run writes again, and one that was cut off."""
         if "step" not in self.keys:
             return
-        with open(self.filename, newline="", encoding="utf-8") as handle:
-            head, *rows = csv.reader(handle)
-        whole = [row for row in rows if len(row) == len(head) and row[head.index("step")]]
-        kept = [row for row in whole if float(row[head.index("step")]) <= step]
-        if kept != rows:
-            save_csv([head, *kept], self.filename)
+        place = self.keys.index("step")
+
+        def stays(row):
+            return len(row) == len(self.keys) and row[place] and float(row[place]) <= step
+
+        with open(self.filename, newline="", encoding="utf-8") as handle:  # row by row: of a long run they are many
+            _, *gone = (row for number, row in enumerate(csv.reader(handle)) if number == 0 or not stays(row))
+        if gone:
+            with open(self.filename, newline="", encoding="utf-8") as handle:
+                rows = csv.reader(handle)
+                save_csv(chain([next(rows)], filter(stays, rows)), self.filename)
 
 
 INSTALL = {
