@@ -309,7 +309,7 @@ def test_a_short_run_ends_with_a_row_and_the_next_command(folder, tmp_path):
     done = train(folder, tmp_path, "--batch_size", 2, "--max_steps", 3, "--log_interval", 100)
     with open(tmp_path / "progress.csv", newline="") as handle:
         assert [row["step"] for row in csv.DictReader(handle)] == ["0", "2"]
-    assert f"--model_path {tmp_path / 'ema_0.9_000003.pt'} draws from it" in done.stdout
+    assert f"--model_path {tmp_path / 'ema_0.9_000003.pt'} --num_samples 16 " in done.stdout
     assert "10 images of 2 classes: user_00 (5), user_01 (5)" in done.stdout
 
 
