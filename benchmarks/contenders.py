@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 
 from guided_diffusion_vae import assembly, dist_util, estimate, logger, run_record, train_util, trained
+from guided_diffusion_vae.compiling import compile_network
 from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig
@@ -152,6 +153,8 @@ def our_sampler(case: Case, steps: int, folder, *, sampler: str = "p_sample", **
     run, record = trained.run_of_model(create_argparser(*SAMPLING, description=""), argv)
     run = run.replace(clip_denoised=False)
     model, vae, _ = trained.open_model(run, record)
+    if run.compile:
+        compile_network(model, print)
     config = run.section(assembly.SamplerConfig)
     walk = assembly.create_sampler(config, assembly.create_process(run, vae, config))
     noise, cond = case.data(1)

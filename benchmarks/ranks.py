@@ -1,10 +1,10 @@
-"""Our training loop on several processes of one thread each, driven from another process: what `mpiexec -n N` runs.
+"""Our training loop in processes of its own, driven from another one, as `python` and `mpiexec -n N` run it.
 
-Together they see the batch of the case, a share each, and average their gradients, so a step of theirs is one of the
-case's. The official code cannot do this on a CPU: without CUDA it leaves gradients as they are, and says so.
+There it has the settings of our scripts for the whole process, which rivals must not profit from. Several processes
+share the threads, and together see the batch of the case: they average their gradients, so a step of theirs is one of
+the case's. The official code cannot do that on a CPU: without CUDA it leaves gradients as they are, and says so.
 """
 
-import contextlib
 import json
 import os
 import socket
@@ -21,18 +21,18 @@ from guided_diffusion_vae import dist_util
 
 
 class RanksTraining:
-    """The training loop of a case on several processes; `close` ends them.
+    """The training loop of a case on `ranks` processes; `close` ends them.
 
     Args:
-        flags: more of our flags; with `seed` the draws are those of one process.
+        flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
     """
 
-    def __init__(self, case: Case, ranks: int = 2, **flags):
+    def __init__(self, case: Case, ranks: int = 1, **flags):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        shared |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(max(1, th.get_num_threads() // ranks))}
         words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, "flags": flags})]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
@@ -70,6 +70,7 @@ class RanksTraining:
 def serve(about: dict) -> None:
     """One of the processes: a step for each empty line of stdin, its gradient into the folder that a line names."""
     done, sys.stdout = sys.stdout, sys.stderr
+    dist_util.keep_freed_memory()
     contenders.start()
     whole, rank = Case("", about["batch"], about["case"]), dist_util.rank()
     size = whole.batch // dist_util.world_size()
@@ -86,5 +87,4 @@ def serve(about: dict) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        serve(json.loads(sys.argv[1]))
+    serve(json.loads(sys.argv[1]))

@@ -19,9 +19,10 @@ def measure(settings: Settings) -> dict:
     """Entries `pairs` and `notes` of the results."""
     contenders.start()
     notes, pairs = rivals.lacking(), []
+    compiled = [] if settings.tiny else [{"compile": True}]  # which takes minutes, the rounds not counted
     with contenders.scratch() as folder:
         for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
-            pairs.append(against_official(case, folder, settings))
+            pairs += [against_official(case, flags, folder, settings) for flags in ({}, *compiled)]
         if rivals.diffusers():
             case = cases.unets(settings.tiny)[0]
             model = rivals.diffusers_unet(case)
@@ -31,11 +32,12 @@ def measure(settings: Settings) -> dict:
     return {"pairs": pairs, "notes": notes}
 
 
-def against_official(case, folder, settings: Settings) -> dict:
+def against_official(case, flags: dict, folder, settings: Settings) -> dict:
     """p_sample against p_sample."""
-    ours, rival = our_sampler(case, STEPS, folder), rivals.official_sampler(case, STEPS)
+    ours, rival = our_sampler(case, STEPS, folder, **flags), rivals.official_sampler(case, STEPS)
     off = {"samples": deviation(ours(), rival())}
-    sides = Way("ours", ours, STEPS), Way("official", rival, STEPS)
+    label = ", ".join(["ours", *(f"--{name} {value}" for name, value in flags.items())])
+    sides = Way(label, ours, STEPS), Way("official", rival, STEPS)
     return compare(f"{case.name}, p_sample", *sides, "steps/s", settings, deviation=off, **case.about())
 
 

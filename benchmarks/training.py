@@ -2,8 +2,11 @@
 
 Same weights, batch, draws and precision (float32). `deviation` says how far our losses and gradients are from the
 official code's, as a share of the largest of them; diffusers' networks are others, of equal size. On a CPU our loop
-also runs as two processes of one thread, as `mpiexec -n 2` starts them: the deviation is from one with the same seed.
+also runs as two processes that share the threads, as `mpiexec -n 2` starts them: the deviation is then from our loop in
+one process with the same seed.
 """
+
+from contextlib import closing
 
 import cases
 import contenders
@@ -15,7 +18,11 @@ from timing import Settings, Way, compare
 
 from guided_diffusion_vae import dist_util
 
-LAYOUTS = {"ours": {}, "ours, channels_last": {"channels_last": True}}
+WAYS = {
+    "ours": {},
+    "ours, channels_last": {"channels_last": True},
+    "ours, 2 processes": {"ranks": 2, "seed": 0},  # which then draw what one does
+}
 
 
 def measure(settings: Settings) -> dict:
@@ -24,8 +31,6 @@ def measure(settings: Settings) -> dict:
     notes, pairs = rivals.lacking(), []
     for case in cases.unets(settings.tiny):
         pairs += against_official(case, settings) if rivals.official("unet") else []
-        if rivals.official("unet") and dist_util.dev().type == "cpu":
-            pairs.append(two_processes(case, settings))
     if rivals.diffusers():
         case = cases.unets(settings.tiny)[0]
         pairs.append(against_diffusers(case, rivals.diffusers_unet(case), "UNet2DModel", settings))
@@ -35,25 +40,17 @@ def measure(settings: Settings) -> dict:
 
 
 def against_official(case, settings: Settings) -> list[dict]:
-    """Our loop in both layouts against the official one."""
+    """Our loop, each way, against the official one."""
     rival, pairs = OfficialTraining(case), []
-    reference = OfficialTraining(case).gradient()
-    for label, flags in LAYOUTS.items():
-        off = deviations(OurTraining(case, **flags).gradient(), reference)
-        sides = Way(label, OurTraining(case, **flags).step), Way("official", rival.step)
-        pairs.append(compare(case.name, *sides, "steps/s", settings, deviation=off, **case.about()))
+    reference, seeded = OfficialTraining(case).gradient(), OurTraining(case, seed=0).gradient()
+    for label, flags in WAYS.items():
+        if "ranks" in flags and dist_util.dev().type != "cpu":
+            continue
+        with closing(RanksTraining(case, **flags)) as ours:
+            off = deviations(ours.gradient(), seeded if "seed" in flags else reference)
+            sides = Way(label, ours.step), Way("official", rival.step)
+            pairs.append(compare(case.name, *sides, "steps/s", settings, deviation=off, **case.about()))
     return pairs
-
-
-def two_processes(case, settings: Settings) -> dict:
-    """Our loop on two processes of one thread against the official one on as many threads in one process."""
-    reference, ours = OurTraining(case, seed=0).gradient(), RanksTraining(case, seed=0)
-    try:
-        off = deviations(ours.gradient(), reference)
-        sides = Way("ours, 2 processes", ours.step), Way("official", OfficialTraining(case).step)
-        return compare(case.name, *sides, "steps/s", settings, deviation=off, **case.about())
-    finally:
-        ours.close()
 
 
 def deviations(found, reference) -> dict[str, float]:
@@ -62,9 +59,8 @@ def deviations(found, reference) -> dict[str, float]:
 
 
 def against_diffusers(case, model, name: str, settings: Settings) -> dict:
-    """Our loop, in the faster layout for a U-Net, against a network of diffusers."""
-    flags = LAYOUTS["ours, channels_last"] if case.run.network == "unet" else {}
-    ours = OurTraining(case, **flags)
-    about = case.about() | contenders.sizes(ours.loop.model, model)
-    sides = Way("ours, channels_last" if flags else "ours", ours.step), Way(name, DiffusersTraining(case, model).step)
-    return compare(case.name, *sides, "steps/s", settings, **about)
+    """Our loop against a network of diffusers."""
+    about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), model)
+    with closing(RanksTraining(case)) as ours:
+        sides = Way("ours", ours.step), Way(name, DiffusersTraining(case, model).step)
+        return compare(case.name, *sides, "steps/s", settings, **about)

@@ -10,6 +10,7 @@ others with it instead of leaving them waiting.
 
 import atexit
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -28,6 +29,9 @@ from .config import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_PEER, EXIT_STOPPED, EXIT_T
 GPUS_PER_NODE = 8  # upstream's constant; kept for its importers, nothing here assumes it
 SETUP_RETRY_COUNT = 3
 TIMEOUT = timedelta(minutes=30)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
+KEPT_BYTES, OLD_GLIBC_KEEPS = 1 << 28, 1 << 25  # larger tensors come from the system and go back to it at once
 
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
 READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does
@@ -243,6 +247,7 @@ def run_main(main) -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure:  # a name that the terminal cannot show must not end the run
             reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     try:
         main()
         code = EXIT_DONE
@@ -260,6 +265,17 @@ def run_main(main) -> None:
     if several:
         _leave_without_destructors(code)
     sys.exit(code)
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what tensors on a CPU leave for the next ones, where the C library is glibc.
+
+    By itself it gives the top of its memory back to the system when a step ends, and the next step asks for it again,
+    page by page: 20,000 faults in a training step of a small U-Net, an eighth of its time on one core.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or libc.mallopt(M_MMAP_THRESHOLD, OLD_GLIBC_KEEPS)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _leave_without_destructors(code: int) -> None:

@@ -67,7 +67,7 @@ class Estimate:
             f"memory a process: {_short(self.state_bytes)}B weights, {gradients}, Adam and {averages}"
             f" + about {_short(self.activation_bytes, 2)}B activations at {_plural(self.microbatch, 'image')}",
             f"time: {self._steps()} of {_plural(self.images, 'image')} on {_plural(self.processes, 'process', 'es')}:"
-            f" about {_duration(self.seconds)} at {_short(self.rate)}FLOP/s, measured on this machine by a matrix"
+            f" about {duration(self.seconds)} at {_short(self.rate)}FLOP/s, measured on this machine by a matrix"
             f" product, {EFFICIENCY:.0%} of which a network reaches".replace("%", " %"),
         ]
         total = self.state_bytes + self.activation_bytes
@@ -340,7 +340,8 @@ def _plural(count: int, word: str, ending: str = "s") -> str:
     return f"{count} {word}" + ending * (count != 1)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """200.4 -> "3.3 min"."""
     units = {"days": 86400, "h": 3600, "min": 60}
     name, length = next(((u, n) for u, n in units.items() if seconds >= (3 if u == "days" else 2) * n), ("s", 1))
     return f"{_digits(seconds / length, 2)} {name}"

@@ -305,6 +305,22 @@ def read_manifest(folder: Path) -> list[dict]:
     return []
 
 
+def refuse_other_samples(folder: Path, command: str) -> None:
+    """Raise if a folder holds the samples of another command; those of the same one are replaced by their like.
+
+    Args:
+        command: what the column of that name in the manifest will say.
+    Raises:
+        UserError: names the folder, the other command and the remedy.
+    """
+    for row in read_manifest(folder)[:1]:
+        if (other := row.get("command", "not recorded")) != command:
+            raise UserError(
+                f"--log_dir {folder} holds the samples of another command ({other}): give another --log_dir, or remove"
+                " that folder"
+            )
+
+
 def remove_old_samples(folder: Path) -> None:
     """Remove the PNGs that the folder's manifest lists, and their grids, lest they pass for those of a new run.
 
@@ -336,7 +352,7 @@ def join(batches: list[Batch]) -> Batch:
 
 
 class Preview:
-    """Called during training: writes `samples/step_N.png`, the same images of the first users each time.
+    """Called during training: writes `previews/step_N.png`, the same images of the first users each time.
 
     Collective: call on every process.
     """
@@ -366,4 +382,4 @@ class Preview:
         if dist_util.rank() == 0:
             captions = ["" if label is None else safe_name(self.class_names, label) for label in _labels(batch)]
             columns = len(shown) if self.conditional else self.COLUMNS
-            save_grid(self.folder / "samples" / f"step_{step:06d}.png", batch.pixels, captions, columns)
+            save_grid(self.folder / "previews" / f"step_{step:06d}.png", batch.pixels, captions, columns)

@@ -37,7 +37,7 @@ class Stage:
         made: a file without which it is not done.
         whole: whether all else that it made is there.
         goes_on: a folder of checkpoints that it goes on from, which is right with the same inputs only.
-        clears: a folder in the script's own, in which an earlier run may have left more than the next overwrites.
+        clears: a folder and files in the script's own, which tell of an earlier run more than the next overwrites.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Stage:
     made: Callable[[], Path]
     whole: Callable[[], bool] = lambda: True
     goes_on: Path | None = None
-    clears: Path | None = None
+    clears: tuple[Path, ...] = ()
 
 
 def words_of(settings: dict) -> list[str]:
@@ -100,9 +100,10 @@ def run_stages(stages: list[Stage], folder: Path, say=print) -> None:
                 raise UserError(
                     f"--data_dir has changed, but {stage.goes_on} holds a training on the old: give another --out_dir"
                 )
-            if stage.clears and before and stage.clears.is_dir():
-                with holding(stage.clears.parent, "--out_dir"):  # a script whose pipeline was killed may work there
-                    shutil.rmtree(stage.clears, ignore_errors=True)
+            for place in stage.clears if before else ():
+                if place.exists():
+                    with holding(place.parent, "--out_dir"):  # a script whose pipeline was killed may work there
+                        shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink()
             _write(note, wanted | {"done": False})
             say(f"{stage.name}: {shown(command)}")
             code = requests.run(command)

@@ -160,7 +160,7 @@ class TrainLoop:
         )
         first_lr = self.learning_rate(self.resume_step) if warmup_steps else lr
         self.opt = AdamW(
-            self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, foreach=True
+            self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, fused=True
         )
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.power.begin(self.mp_trainer.master_params)
@@ -224,7 +224,9 @@ class TrainLoop:
                 if group[name] != flag and not (name == "lr" and self.lr_anneal_steps):
                     logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
-            group["foreach"] = True
+            group |= {"fused": True, "foreach": False}
+        for param, state in self.opt.state.items():  # upstream's file has them on the CPU
+            state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=param.device)
 
     def _kept(self) -> Kept:
         averages = [*zip(self.ema_rate, self.ema_params, strict=True), *self.power.named()]

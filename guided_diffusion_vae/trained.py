@@ -96,8 +96,13 @@ def open_model(run: Run, record: dict) -> Trained:
     stats = Path(run.model_path).with_name(STATS)
     vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats)
     vae.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
-    class_names = record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
+    class_names = class_names_of(record)
     return Trained(load_network(run, vae, num_classes=len(class_names)), vae, class_names)
+
+
+def class_names_of(record: dict) -> list[str]:
+    """What the labels of a model mean; of one of upstream's, which has no record, ImageNet's numbers."""
+    return record.get("class_names") or [f"{i:04d}" for i in range(NUM_CLASSES)]
 
 
 def load_network(run: Run, vae: VAEInterface, *, num_classes: int = NUM_CLASSES) -> th.nn.Module:

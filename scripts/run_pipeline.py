@@ -76,7 +76,7 @@ def sampling(run) -> Stage:
         words = {"model_path": average(run), **own}
         return python("image_sample_vae.py", words, flags(run, *SAMPLING, PlotConfig), processes=run.processes)
 
-    about = {"made": lambda: samples_file(run), "clears": folder / "png"}
+    about = {"made": lambda: samples_file(run), "clears": (folder / "png", folder / "manifest.csv")}
     record = Path(run.out_dir, "train", "run.yaml")  # which may name another decoder now
     reads = lambda: [digest(average(run)), digest(record), pipeline.digest_autoencoder(run.vae_path)]  # noqa: E731
     return Stage(name="sample", command=command, inputs=reads, **about)

@@ -156,11 +156,13 @@ def test_a_stage_does_not_go_on_with_other_data(tmp_path):
 def test_leftovers_are_cleared_only_of_a_stage_that_ran_here(tmp_path):
     """What lay in the folder before the first run may be anybody's."""
     (tmp_path / "png").mkdir()
-    (tmp_path / "png" / "mine").touch()
-    stages.run_stages([stage(tmp_path, "a", "pass", clears=tmp_path / "png")], tmp_path)
+    for name in ("png/mine", "manifest.csv"):
+        (tmp_path / name).touch()
+    clears = tmp_path / "png", tmp_path / "manifest.csv"
+    stages.run_stages([stage(tmp_path, "a", "pass", clears=clears)], tmp_path)
     assert (tmp_path / "png" / "mine").exists()
-    stages.run_stages([stage(tmp_path, "a", "pass", inputs=["new"], clears=tmp_path / "png")], tmp_path)
-    assert not (tmp_path / "png").exists()
+    stages.run_stages([stage(tmp_path, "a", "pass", inputs=["new"], clears=clears)], tmp_path)
+    assert not (tmp_path / "png").exists() and not (tmp_path / "manifest.csv").exists()
 
 
 HOST = """
@@ -230,7 +232,7 @@ def test_nothing_is_cleared_where_an_orphan_still_works(tmp_path):
     process.kill()
     process.wait()
     (tmp_path / "samples" / "png").mkdir()
-    again = stage(tmp_path, "a", "pass", clears=tmp_path / "samples" / "png")
+    again = stage(tmp_path, "a", "pass", clears=(tmp_path / "samples" / "png",))
     with pytest.raises(UserError, match=f"is in use by process {child} on"):
         stages.run_stages([again], tmp_path)
     os.kill(child, signal.SIGKILL)

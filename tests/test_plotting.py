@@ -611,7 +611,7 @@ def test_the_same_bits_with_and_without_pictures(tmp_path):
     for options in (["--batch_size", 4], ["--per_image_seed", True, "--sampler", "dpmpp_2m_sde", "--num_steps", 4]):
         found = {}
         for plot in (False, True):
-            out = tmp_path / f"samples_{plot}"
+            out = tmp_path / options[0] / f"{plot}"
             done = script("image_sample_vae.py", *model, *options, "--log_dir", out, "--plot", plot)
             with np.load(out / "samples_4x32x32x3.npz") as saved:
                 found[plot] = saved["arr_0"]
@@ -620,8 +620,8 @@ def test_the_same_bits_with_and_without_pictures(tmp_path):
             )
         assert np.array_equal(found[False], found[True]) and "\ncolours: " in done.stdout
     assert pictures.axes_of_run(runs[False] / "ema_0.9_000003.pt") == (-2, 4, "m/s", 3)
-    script("image_sample_vae.py", *model, "--log_dir", tmp_path / "samples_True")  # pictures of other samples go
-    assert not (tmp_path / "samples_True" / "denoising.png").exists()
+    script("image_sample_vae.py", *model, *options, "--log_dir", out)  # without the pictures of before
+    assert not (out / "denoising.png").exists()
 
 
 @drawing

@@ -10,7 +10,7 @@ from helpers import draw_users, script
 from PIL import Image
 
 from evaluations.image_sets import read_samples
-from guided_diffusion_vae import sample_util
+from guided_diffusion_vae import generation, sample_util
 from guided_diffusion_vae.config import UserError
 
 NAMES = ["user_01", "user_07", "user_30"]
@@ -39,7 +39,7 @@ def arrays(out):
 
 
 def test_training_shows_a_grid(trained):
-    assert Image.open(trained.parent / "samples" / "step_000003.png").width > 3 * 32
+    assert Image.open(trained.parent / "previews" / "step_000003.png").width > 3 * 32
 
 
 def test_only_the_model_path_is_needed(trained, tmp_path):
@@ -47,7 +47,7 @@ def test_only_the_model_path_is_needed(trained, tmp_path):
     pixels, labels = arrays(tmp_path)
     assert [path.name for path in tmp_path.glob("*.npz")] == ["samples_5x32x32x3.npz"]
     assert pixels.shape == (5, 32, 32, 3) and pixels.dtype == np.uint8 and labels.dtype == np.int64
-    for line in ("creating model and diffusion...", "sampling...", "created 5 samples", "sampling complete"):
+    for line in ("creating model and diffusion...", "sampling...", "created 2 samples of 5, ", "sampling complete"):
         assert line in done.stdout
     rows = list(csv.DictReader((tmp_path / "manifest.csv").open()))
     assert [row["user"] for row in rows] == [NAMES[label] for label in labels]
@@ -82,31 +82,75 @@ def pngs(out):
     return {path.relative_to(out).as_posix() for path in (out / "png").rglob("*.png")}
 
 
-def test_a_second_run_into_a_folder_leaves_its_own_samples_only(trained, tmp_path):
+def test_the_same_command_again_leaves_its_own_samples_only(trained, tmp_path):
     """And what is not the sampler's; the judge, given the folder, sees the same images as given the .npz."""
-    few = ["--num_steps", 2, "--num_samples_per_user", 2]
-    sample(trained, tmp_path, *few, "--users", "all")
-    before = pngs(tmp_path)
-    assert len(before) == 6
+    few = ["--num_steps", 2, "--num_samples_per_user", 2, "--users", "1,7", "--sampler", "heun"]
+    few += ["--per_image_seed", True]
+    sample(trained, tmp_path, *few)
+    before = {name: (tmp_path / name).read_bytes() for name in pngs(tmp_path)}
+    assert set(before) == {f"png/user_{u}/micro_doppler_user{u}_00{i}.png" for u in ("01", "07") for i in (1, 2)}
     own = [tmp_path / name for name in ("notes.png", "png/user_30/mine.txt", "grids/mine.png", "step_000003.png")]
     for path in own:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    sample(trained, tmp_path, *few, "--users", 7, "--seed", 1, "--sampler", "heun", ranks=2)
-    assert pngs(tmp_path) == {f"png/user_07/micro_doppler_user07_00{i}.png" for i in (1, 2)}
-    assert {path.name for path in (tmp_path / "grids").iterdir()} == {"user_07.png", "mine.png"}
+    sample(trained, tmp_path, *few, ranks=2)
+    assert {name: (tmp_path / name).read_bytes() for name in pngs(tmp_path)} == before
+    assert {path.name for path in (tmp_path / "grids").iterdir()} == {"user_01.png", "user_07.png", "mine.png"}
     assert all(path.read_text() == "mine" for path in own)
-    with np.load(tmp_path / "samples_2x32x32x3.npz") as saved:
-        assert np.array_equal(read_samples(tmp_path).pixels, saved["arr_0"])
+    with np.load(tmp_path / "samples_4x32x32x3.npz") as saved:
+        assert np.array_equal(read_samples(tmp_path).pixels, saved["arr_0"][[0, 2, 1, 3]])  # file by file
     rows = list(csv.DictReader((tmp_path / "manifest.csv").open()))
     assert [(row["label"], row["sampler"], row["num_steps"], row["spacing"]) for row in rows] == [
-        ("1", "heun", "2", "uniform")
+        ("0", "heun", "2", "uniform"),
+        ("1", "heun", "2", "uniform"),
     ] * 2
 
-    done = sample(trained, tmp_path, *few, "--users", 1, "--save_png", False, "--spacing", "karras")
-    assert "without effect: --spacing karras with --sampler p_sample" in done.stdout
+    sample(trained, tmp_path, *few, "--save_png", False)
     assert pngs(tmp_path) == set() and (tmp_path / "grids" / "user_01.png").exists()
     with pytest.raises(UserError, match=r"has none of the PNGs .* give the samples_\*.npz"):
         read_samples(tmp_path)
+
+
+def test_samples_of_another_command_are_not_replaced(trained, tmp_path):
+    """Nor by the same flags with another checkpoint; nothing in the folder changes."""
+    flags, out = ["--num_steps", 2, "--users", 7, "--num_samples_per_user", 2], tmp_path / "out"
+    sample(trained, out, *flags)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    other = tmp_path / trained.name
+    for path in (trained, trained.with_name("run.yaml")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for model, more in ((trained, ["--users", 1]), (trained, ["--seed", 1]), (other, [])):
+        done = sample(model, out, *flags, *more, check=False)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert f"--log_dir {out} holds the samples of another command (--model_path {trained}" in done.stderr
+        assert "--users 7): give another --log_dir" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "flags, calls, images",
+    [
+        (["--num_samples", 40, "--sampler", "heun", "--num_steps", 6], 11, 16),
+        (["--num_samples", 3, "--num_steps", 5], 5, 3),
+    ],
+)
+def test_a_dry_run_tells_the_time_and_writes_nothing(trained, tmp_path, flags, calls, images):
+    """Heun's method evaluates twice a step, but for the last."""
+    done = sample(trained, tmp_path / "out", "--dry_run", True, *flags)
+    count = flags[1]
+    said = f"time: {count} images in batches of {images}, for each about {calls} evaluations of the network: about "
+    assert said in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_counts_all_calls_and_computes_few():
+    """Of each shape, for guidance may double some; the time that it spares is of the rest."""
+    rehearsal = generation.Rehearsal(lambda x: x + 1)
+    for _ in range(10):
+        assert th.equal(rehearsal(th.zeros(2, 1)), th.ones(2, 1))
+    rehearsal(th.zeros(4, 1))
+    assert dict(rehearsal.calls) == {(2, 1): 10, (4, 1): 1}
+    rehearsal.times = {(2, 1): [9.0, 1.0, 2.0], (4, 1): [5.0]}
+    assert rehearsal.spared_s == 7.0
 
 
 def test_so_many_of_each_user_under_the_names_of_the_users(trained, tmp_path):

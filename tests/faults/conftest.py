@@ -5,7 +5,7 @@
 One row a sentence: `{verb}` is the test's parameter of that name, so the cases of a parametrised test are one row where
 their sentences are the same and several where they differ. A test that tries its fault n times says so by
 `record_property("tried", n)`. `--all_faults` runs the slow ones as well, `--reliability FILE` writes the table; a part
-of the suite, run without `-n`, writes its own rows and leaves those of the other tests that there are.
+of the suite writes its own rows and leaves the others.
 """
 
 from collections import defaultdict
@@ -89,11 +89,14 @@ class Rows:
             self.place[row] = min(report.location[:2], self.place.get(row, report.location[:2]))
 
     def table(self, old):
-        """The rows that ran, and those of an old table that are still tested, in the order of the tests."""
-        lines = {tuple(line.split(" | ")[1:3]): f"{line}\n" for line in old.splitlines() if line.startswith("| ")}
-        lines = {row: line for row, line in lines.items() if row in self.place}
-        lines |= {row: self.line(*row) for row in self.reports}
-        return "".join(lines[row] for row in sorted(lines, key=lambda row: (self.place[row], row)))
+        """The rows that ran, in the order of the tests; of a part of the suite in the order of an old table, in which
+        the others stay."""
+        ran = {row: self.line(*row) for row in sorted(self.reports, key=lambda row: (self.place[row], row))}
+        if {Path(file).name for file, _ in self.place.values()} == {path.name for path in HERE.glob("test_*.py")}:
+            return "".join(ran.values())
+        kept = {tuple(line.split(" | ")[1:3]): f"{line}\n" for line in old.splitlines() if line.startswith("| ")}
+        kept.pop(tuple(HEAD.split(" | ")[1:3]), None)
+        return "".join(sorted((kept | ran).values(), key=lambda line: line.split(" | ")[0]))
 
     def line(self, what, promise):
         reports = self.reports[what, promise]
