@@ -49,7 +49,7 @@ def sample(args, way: str, seed: int, folder: Path) -> tuple[Path, float]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OPENAI_LOG_FORMAT": "stdout"})
     if done.returncode:
         raise SystemExit(f"{way}: ended with code {done.returncode}")
-    return next(folder.glob("samples_*.npz")), float(re.findall(r"samples, (\S+) a second", done.stdout)[-1])
+    return next(folder.glob("samples_*.npz")), float(re.findall(r"samples of \d+, (\S+) a second", done.stdout)[-1])
 
 
 def scores(judge, samples, reference) -> dict[str, float]:
