@@ -20,6 +20,7 @@ from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.noised_classifier import LatentClassifierConfig
 from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.sample_util import SamplingConfig
+from guided_diffusion_vae.stages import words_of
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
 
 TRAINING = (DataConfig, train_util.TrainConfig, *trained.NETWORK)
@@ -27,7 +28,6 @@ SAMPLING = (SamplingConfig, assembly.SamplerConfig, GuidanceConfig, LatentClassi
 LOG_INTERVAL = 10  # steps between rows of our log, for which the losses leave the device; its default
 USERS = 31
 NEVER = 10**9
-DDPM_BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ class Case:
 
 def run_of(sections, flags: dict):
     """A run of these sections from flags by name."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return parse_run(create_argparser(*sections, description=""), words)
+    return parse_run(create_argparser(*sections, description=""), words_of(flags))
 
 
 def unet(*, image_size=64, channels=64, mult="1,2,2", attention=8, blocks=2, vae_path="microdoppler-f4") -> dict:
@@ -148,9 +147,8 @@ def our_sampler(case: Case, steps: int, folder, *, sampler: str = "p_sample", **
     names = [f"user_{i:02d}" for i in range(USERS)]
     th.save(case.weights, folder / "model000000.pt")
     run_record.save_run(case.run, folder, class_names=names, autoencoder=case.vae.fingerprint)
-    words = {"model_path": folder / "model000000.pt", "sampler": sampler, "num_steps": steps, **flags}
-    argv = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    run, record = trained.run_of_model(create_argparser(*SAMPLING, description=""), argv)
+    words = words_of({"model_path": folder / "model000000.pt", "sampler": sampler, "num_steps": steps, **flags})
+    run, record = trained.run_of_model(create_argparser(*SAMPLING, description=""), words)
     run = run.replace(clip_denoised=False)
     model, vae, _ = trained.open_model(run, record)
     if run.compile:
