@@ -8,7 +8,9 @@ numbers           statistics: Frechet and kernel distances; manifold: precision,
                   official: the five numbers in the official arithmetic; roc; reconstruction: PSNR and SSIM
 parts             classifier_tests with shortcut, verification with metric_learning, measure, physics, sifting,
                   memorization with copying, leaks, side_by_side: each makes a section; augmentation: the study
-reports           findings: a number between the worst and real images, and its verdict; html; report: the short table
+                  sessions: whether two sets are of the same recordings; progress: how far a long part is
+reports           findings: a number between the worst and real images, and its verdict; short: the verdicts on what
+                  matters; glossary: what abbreviations mean; html; report: the table of evaluate_samples.py
 looking           gallery_contents with gallery_report, gallery_page with gallery_style, gallery_server: in a browser
 commands          evaluator, make_reference: the official tool's; validation: what scripts/validate.py asks
 

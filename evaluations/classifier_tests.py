@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from .findings import ABOVE, Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import refuse_too_few, share_interval, spread
+from .progress import Progress
 from .shortcut import STATISTICS, Shortcut
 from .statistics import FEWEST_USERS, classifier_inception_score
 from .user_classifier import CHUNK, UserClassifier, steps_of, to_input, train_user_classifier
@@ -103,9 +103,14 @@ def _ask(train, heldout, samples, *, seeds: int, epochs: int, seed: int, progres
     num_users, steps = len(train.class_names), steps_of(epochs, len(train.pixels))
     right: dict[str, list[np.ndarray]] = {}
     answers = Answers({}, None, [], [])
-    for number in tqdm(range(seeds), desc="classifiers learn", disable=None if progress else True):
-        for name, lesson in lessons(train, samples, np.random.default_rng([seed, number])).items():
-            model = train_user_classifier(lesson.pixels, lesson.labels, num_users, seed=seed + number, steps=steps)
+    count = None
+    for number in range(seeds):
+        taught = lessons(train, samples, np.random.default_rng([seed, number]))
+        if progress and count is None:  # every seed has as many lessons
+            count = Progress(f"{seeds * len(taught)} classifiers learn", seeds * len(taught) * steps)
+        for name, lesson in taught.items():
+            options = {"seed": seed + number, "steps": steps, "progress": count or False}
+            model = train_user_classifier(lesson.pixels, lesson.labels, num_users, **options)
             said = probabilities(model, heldout.pixels)
             right.setdefault(name, []).append(share_right(said.argmax(axis=1), heldout.labels, num_users))
             if name == REAL:

@@ -35,6 +35,8 @@ small { color: #555; display: block; max-width: 32em; }
 .bar span { position: absolute; top: -0.2em; width: 3px; height: 1.2em; margin-left: -1px; background: #1a1a1a; }
 .note { border-left: 4px solid #d9a400; padding-left: 0.7em; }
 .wide { overflow-x: auto; }
+table.words td, table.words th { text-align: left; }
+.terms { color: #555; font-size: 0.87em; margin: 0.2em 0; }
 img { max-width: 100%; image-rendering: pixelated; }
 """
 # nothing may be fetched or run, whatever a file name or a note holds
@@ -50,6 +52,7 @@ def render(title: str, sections: list[Section], about: dict[str, Any]) -> str:
     Args:
         about: what the numbers stand on (files, network, seed), in the order in which it is to be read.
     """
+    explained: set[str] = set()
     facts = "".join(f"<tr><td>{escape(str(k))}</td>{_cell(v)}</tr>" for k, v in about.items())
     return "\n".join(
         [
@@ -57,7 +60,7 @@ def render(title: str, sections: list[Section], about: dict[str, Any]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<h1>{escape(title)}</h1>",
-            *(_section(section) for section in sections),
+            *(_section(section, explained) for section in sections),
             f"<h2>About this report</h2>\n<table>{facts}</table>" if facts else "",
             "</body>\n</html>\n",
         ]
@@ -140,13 +143,18 @@ def write_report(folder, title: str, sections: list[Section], about: dict[str, A
 # ---- parts of the page -----------------------------------------------------------------------------------------------
 
 
-def _section(section: Section) -> str:
+def _section(section: Section, explained: set[str]) -> str:
+    """A part of the page; terms are explained where they first appear, and join those that are `explained`."""
+    new = {term: words for term, words in section.terms.items() if term not in explained}
+    explained.update(new)
+    terms = [f'<p class="terms"><b>{escape(term)}</b>: {escape(words)}</p>' for term, words in new.items()]
+    notes = [f'<p class="note">{escape(note)}</p>' for note in section.notes]
+    tables = [table_of(table, of_words=section.tables_first) for table in section.tables]
     return "\n".join(
         [
             f"<h2>{escape(section.title)}</h2>",
             _findings(section) if section.findings else "",
-            *(f'<p class="note">{escape(note)}</p>' for note in section.notes),
-            *(table_of(table) for table in section.tables),
+            *([*tables, *terms, *notes] if section.tables_first else [*terms, *notes, *tables]),
             *(_picture(name, picture) for name, picture in section.pictures.items()),
         ]
     )
@@ -183,12 +191,13 @@ def _bar(place: float | None) -> str:
     return f'<div class="bar" title="{place:.2f}"><span style="left: {left:.0f}%"></span></div>'
 
 
-def table_of(table: Table) -> str:
+def table_of(table: Table, of_words: bool = False) -> str:
     """A table that scrolls by itself where it is wider than the page."""
     head = "".join(f"<th>{escape(str(word))}</th>" for word in table.header)
     rows = "\n".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in table.rows)
     caption = f"<caption>{escape(table.title)}</caption>"
-    return f'<div class="wide"><table>{caption}<tr>{head}</tr>\n{rows}</table></div>'
+    kind = " class=words" if of_words else ""
+    return f'<div class="wide"><table{kind}>{caption}<tr>{head}</tr>\n{rows}</table></div>'
 
 
 def _cell(value: Any) -> str:

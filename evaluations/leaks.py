@@ -11,11 +11,12 @@ of pictures less their local means: gait resembles gait, but the fine grain is t
 How alike pictures are by chance is seen at the nearest of other users, which cannot be the same recording (at the
 nearest of all where nobody is named): a twin is farther above their median than three times what lies between their
 median and their highest tenth.
+
+Windows of one recording that do not overlap are no twins, and still of one day: what file names tell of recordings
+stands beside.
 """
 
-import re
 from itertools import combinations
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from .findings import Finding, Section, Table
 from .image_sets import ImageSet
 from .measure import digests, share_interval
 from .physics import colormap_of, thumbnails
+from .sessions import Recordings, recordings_of
 
 SIDE, COLUMNS = 32, 64  # of the small pictures; those that are shifted keep more columns, or shifts fall between them
 AROUND = 5, 9  # rows and columns of the small pictures whose mean is taken off to see the grain
@@ -203,28 +205,6 @@ def _energy(x, first, last) -> th.Tensor:
     return th.maximum(total[:, last] - total[:, first], floor).float()
 
 
-def recording_of(name: str, user: str) -> str | None:
-    """What recording a path tells of: the folders below the user's, and what comes before the file name's last number.
-
-    The latter only where it has a number, too; the user's name says nothing, however it is written; None: nothing does.
-
-    user_00_s02_0004.png -> s02, 002_f00024.png -> 002, user_00/walk/0004.png -> walk, radar_User00_7.png -> None
-    """
-    whose = _however_written(user)
-    *folders, file = PurePath(name).parts
-    below = next((place + 1 for place, folder in enumerate(folders) if whose.fullmatch(folder)), len(folders))
-    stem = re.sub(r"[ _.-]+", "_", whose.sub("_", PurePath(file).stem)).strip("_")
-    found = re.fullmatch(r"(.*?\d.*?)_*[A-Za-z]*(?<!\d)\d+", stem)
-    return "/".join(folders[below:] + ([found.group(1)] if found else [])) or None
-
-
-def _however_written(user: str) -> re.Pattern:
-    """Finds a user's name in any case, and with any separators: user_03, User 3, USER03."""
-    words = re.findall(r"[^\W\d_]+|\d+", user)
-    parts = [rf"0*{int(word)}(?!\d)" if word.isdigit() else rf"{word}(?![^\W\d_])" for word in words]
-    return re.compile(r"(?<![^\W_])" + r"[\W_]*".join(parts) if parts else r"(?!)", re.IGNORECASE)
-
-
 class Pair(NamedTuple):
     """An image of a new set, and its nearest in a known one."""
 
@@ -244,7 +224,7 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
     Args:
         names: file names of the images of each set, if known: they stand in the table, and may tell of sessions.
     """
-    findings, notes, worst = [], [], []
+    findings, notes, worst, in_both, told = [], [], [], 0, []
     colormap = colormap_of(next(iter(sets.values())).pixels)
     small = {key: make_small(images, colormap) for key, images in sets.items()}
     for known, new in combinations(sets, 2):
@@ -252,6 +232,11 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
             notes.append(f"{new} and {known} are pictures of other sizes: not compared")
             continue
         found = find_twins(small[new], small[known], most=MOST)
+        shared = None
+        if names and known in names and new in names:
+            shared = recordings_of(sets[known], sets[new], {"known": names[known], "new": names[new]})
+            in_both += len(shared.both)
+            told.append(shared.told)
         if len(found.shown) < len(sets[new].pixels):
             notes.append(f"{len(found.shown)} of {len(sets[new].pixels)} pictures of {new} were looked at")
         how = {
@@ -265,9 +250,10 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
             ends = {"value": float(is_such.mean()), "real": 0.0, "worst": MUCH, "worst_is": "threshold"}
             interval = share_interval(int(is_such.sum()), len(is_such))
             name = f"{kind} twins of {new} in {known}"
+            ends["said"] = _verdict(ends["value"], shared)
             findings.append(Finding(name=name, interval=interval, form="{:.1%}", about=about, **ends))
         worst += found.pairs(new, known)
-        notes += _sessions(sets, names, known, new)
+        notes += [_sessions(shared, known, new)] if shared else []
     worst.sort(key=lambda pair: -pair.above)
     return Section(
         title="Leaks between splits",
@@ -275,29 +261,31 @@ def leak_report(sets: dict[str, ImageSet], *, names: dict[str, list[str]] | None
         tables=[_table(worst[:SHOWN], names)],
         notes=notes,
         pictures={"twins.png": picture(worst[:SHOWN], sets)} if worst else {},
-        data={"twins": [pair._asdict() for pair in worst if pair.kind != "none"]},
+        data={
+            "twins": [pair._asdict() for pair in worst if pair.kind != "none"],
+            "recordings": {"in_both": in_both, "told": bool(told) and all(told)},
+        },
     )
 
 
-def _sessions(sets, names, known: str, new: str) -> list[str]:
+def _sessions(shared: Recordings, known: str, new: str) -> str:
     """A sentence about recordings that occur in both sets, by the names of their files."""
-    if not names or known not in names or new not in names:
-        return []
-    found = {}
-    for key in (known, new):
-        images = sets[key]
-        users = [""] * len(images.pixels) if images.labels is None else [images.class_names[i] for i in images.labels]
-        found[key] = {(u, recording_of(n, u)) for u, n in zip(users, names[key], strict=True) if recording_of(n, u)}
-    both = sorted(found[known] & found[new])
-    if len({recording for _, recording in found[known] | found[new]}) == 1:  # what stands in every name tells nothing
-        both = found[new] = []
-    if both:
-        user, recording = both[0]
+    if shared.both:
+        user, recording = shared.both[0]
         of = f" of {user}" if user else ""
-        return [f"{len(both)} recordings are in both {known} and {new} by their file names, such as {recording}{of}"]
-    if found[known] and found[new]:
-        return [f"no recording is in both {known} and {new} by their file names"]
-    return [f"the file names of {known} and {new} do not tell recordings apart"]
+        some = f"{len(shared.both)} recordings are in both {known} and {new} by their file names"
+        return f"{some}, such as {recording}{of}"
+    if shared.told:
+        return f"no recording is in both {known} and {new} by their file names"
+    return f"the file names of {known} and {new} do not tell recordings apart"
+
+
+def _verdict(share: float, shared: Recordings | None) -> str:
+    """Of a share of twins, which says nothing of windows of one recording that do not overlap."""
+    if share >= MUCH:
+        return f"too many: numbers on held-out images say nothing from {MUCH:.0%} on"
+    found = "some: look at the pairs below" if share > 0 else "none found"
+    return f"{found}; yet both sets are of the same recordings" if shared and shared.both else found
 
 
 def _name(names, key: str, place: int) -> str:

@@ -18,8 +18,9 @@ from guided_diffusion_vae.config import UserError, refuse_below
 from .image_sets import ImageSet, shuffle_pixels
 from .manifold import NEIGHBOURS, fidelity, near_copy_rate, nearest
 from .physics import as_points, colormap_of
-from .report import GENERATED, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
-from .statistics import frechet_distance, kernel_distance
+from .report import GENERATED, HELD_OUT, OTHER, ROWS, SAME, SHUFFLED, SPLIT, Report, Scores
+from .sessions import recordings_of
+from .statistics import FEWEST_USERS, bootstrap_interval, frechet_distance, frechet_interval, kernel_distance
 from .user_classifier import SIZE, Judgement, train_user_classifier
 
 ASIDE = 6  # every sixth training image of a user is kept from the judge
@@ -33,7 +34,7 @@ class EvaluationConfig:
     """What is compared, and where the report goes."""
 
     real_dir: str = ""  # folder of the real images that the generator learned from
-    heldout_dir: str = ""  # folder of real images of the same users in other sessions
+    heldout_dir: str = ""  # folder of real images of the same users that nothing learned from; best of other sessions
     samples: str = ""  # generated images: the sampler's .npz, or its folder of PNGs
     out_dir: str = ""  # where report.json and comparison.png go; empty: report/ beside the samples
     skip_bad_images: bool = False  # leave out images that cannot be read instead of refusing
@@ -87,6 +88,10 @@ def evaluate(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         distances = _distances(sets, judged, compared, rng)
+    made = _evenly(samples, judged[GENERATED].features, compared)
+    intervals: dict[str, tuple[float, float] | None] = {"fd_user": frechet_interval(made, judged[OTHER].features)}
+    if GENERATED in right:
+        intervals["user_accuracy"] = _accuracy_interval(right[GENERATED], samples.labels, seed)
     copying = _copying(train, sets)
     rows = {
         name: Scores(
@@ -109,10 +114,11 @@ def evaluate(
         "heldout_images": len(heldout.pixels),
         "generated_images": len(samples.pixels),
         "compared": compared,
+        "heldout_is": OTHER.removeprefix("real, ") if recordings_of(train, heldout).apart else HELD_OUT,
     }
     per_user = {name: _per_user(sets[name], right[name]) for name in right if name != SHUFFLED}
     notes = sorted({str(warning.message) for warning in caught}) + _notes(train, heldout, samples)
-    return Report(rows, about, per_user, notes)
+    return Report(rows, about, per_user, notes, intervals)
 
 
 def set_aside(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -136,18 +142,34 @@ def _per_user(images: ImageSet, right: np.ndarray) -> dict[str, float]:
     return {images.class_names[user]: float(right[images.labels == user].mean()) for user in np.unique(images.labels)}
 
 
+def _accuracy_interval(right: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95 % of the share of right (N,), by drawing users anew; of images where that has no spread, as none is right.
+
+    None of fewer than three users, who say too little of others.
+    """
+    if len(np.unique(labels)) < FEWEST_USERS:
+        return None
+    if right.all() or not right.any():
+        return share_interval(int(right.sum()), len(right))
+    return bootstrap_interval(lambda rows: right[rows].mean(), labels, seed=seed, rounds=1000)
+
+
+def _evenly(images: ImageSet, features: np.ndarray, compared: int) -> np.ndarray:
+    """The features of so many of the images, from all users alike."""
+    return features[spread(images.labels, len(features), compared)]
+
+
 def _distances(
     sets: dict[str, ImageSet], judged: dict[str, Judgement], compared: int, rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
-    """What `compared` images of each set score against the real images of other sessions.
+    """What `compared` images of each set score against the held-out real images.
 
     The split at random pools both kinds of real images and deals them anew: no difference is left but chance.
     """
     reference = judged[OTHER].features
     scores = {}
     for name in (GENERATED, SAME, SHUFFLED):
-        features = judged[name].features
-        scores[name] = _distance(features[spread(sets[name].labels, len(features), compared)], reference)
+        scores[name] = _distance(_evenly(sets[name], judged[name].features, compared), reference)
     pool = np.concatenate([judged[SAME].features, reference])
     deals = [pool[rng.permutation(len(pool))] for _ in range(SPLITS)]
     splits = [_distance(deal[:compared], deal[compared : compared + len(reference)]) for deal in deals]
@@ -243,6 +265,12 @@ def _notes(train: ImageSet, heldout: ImageSet, samples: ImageSet) -> list[str]:
         same = shared(train, images)
         if same:
             notes.append(f"{same} of {len(images.pixels)} {name} images are also training images, pixel for pixel")
+    shared_by_name = recordings_of(train, heldout)
+    if shared_by_name.both:
+        notes.append(
+            f"{len(shared_by_name.both)} recordings are in both training and held out by their file names: held-out"
+            " images are other moments of what was learned from, not other sessions, and easier than those"
+        )
     if min(samples.pixels.shape[1:3]) > SIZE:
         height, width = samples.pixels.shape[1:3]
         notes.append(f"images of {height}x{width} are judged at {SIZE}x{SIZE}")

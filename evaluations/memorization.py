@@ -163,8 +163,8 @@ def memorization(train: ImageSet, heldout: ImageSet, samples: ImageSet, *, seed:
         notes=[
             *_twin_notes(twins, len(samples.pixels), same_sessions),
             *_notes(found, copied["value"]),
-            f"real: {len(aside)} training images, each compared with all but itself; held-out images of other sessions"
-            f" score {', '.join(f'{number} ({name})' for name, number in shown.items())}",
+            f"real: {len(aside)} training images, each compared with all but itself; held-out images score"
+            f" {', '.join(f'{number} ({name})' for name, number in shown.items())}",
         ],
         pictures=pictures,
         data={

@@ -78,7 +78,7 @@ def train_embedding(
         users,
         seed=seed,
         epochs=epochs,
-        title=f"the embedding learns ({loss})" if progress else None,
+        progress=f"the embedding learns ({loss})" if progress else None,
         batches=batches,
     )
 

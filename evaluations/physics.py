@@ -46,7 +46,8 @@ QUANTITIES = {
     "skewness": "how suddenly the centroid rises against how it falls: reversed time changes its sign",
     "zero_doppler": "value at 0 Hz above the noise: what stands still, or the notch that removed it",
     "noise_floor": "value that a quarter of the picture is below",
-    "dynamic_range": "from the noise floor to the peak",
+    "dynamic_range": "contrast of the picture, not gait: its brightest value less its noise floor, of the whole span of"
+    " the colours; values are read off the colour map",
     "colour_residual": "mean distance of the pixels from the colour map, in 8-bit levels",
 }
 LEAST = {"colour_residual": 4.0}  # the unit where real pictures spread less: a step between two colours of jet

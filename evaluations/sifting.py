@@ -43,9 +43,15 @@ from .statistics import mean_interval
 
 METHODS = ("ranges", "hull")
 MARGIN = 2.0  # see the table above: 1 keeps 73 % of held-out pictures and 17 % of another user's, 3 keeps 97 and 63 %
+PICTURE = {  # quantities that are no gait but the picture's own, and what an autoencoder or a colour scale changes
+    "noise_floor": "background",
+    "dynamic_range": "contrast",
+    "colour_residual": "colours",
+}
 OUTERMOST = 1.0  # percentiles beyond which training pictures do not widen a range
 SIDE = 32  # of the pictures that the hull is drawn around
 COMPONENTS = 3
+NOT_GAIT = "not gait"  # what a reason says of the quantities of PICTURE
 NAMES = list(QUANTITIES)
 FEW = 0.25  # kept of a user's images: fewer, and the user is named
 SHOWN, FAULTS = 8, 6  # rejected images in the picture, and reasons beside each
@@ -146,9 +152,14 @@ class Sifter:
         return Sifted(accepted, reasons)
 
     def _faults(self, row, low, high) -> str:
-        """Which quantities of one image are out of range, in words: "cadence above, torso below"."""
+        """Which quantities of one image are out of range, in words: "cadence above, contrast (not gait) below"."""
         sides = np.where(row < low, "below", np.where(row > high, "above", ""))
-        return ", ".join(f"{name} {side}" for name, side in zip(NAMES, sides, strict=True) if side)
+        return ", ".join(f"{called(name)} {side}" for name, side in zip(NAMES, sides, strict=True) if side)
+
+
+def called(name: str) -> str:
+    """A quantity in a reason for rejection."""
+    return f"{PICTURE[name]} ({NOT_GAIT})" if name in PICTURE else name
 
 
 def _table(pixels, axes: Axes, colormap: str) -> np.ndarray:
@@ -237,14 +248,24 @@ def sifting(
             blunt += f", so the sifter is blunter: with their labels {sharp} of the held-out ones are kept"
         notes.append(blunt)
     faults = sorted({fault for reason in [*generated.reasons, *real.reasons] for fault in reason.split(", ") if fault})
-    counted = [[fault, *(_share(found, fault) for found in (generated, real))] for fault in faults]
+    meaning = {called(name): about for name, about in QUANTITIES.items()}
+    counted = [
+        [fault, *(_share(found, fault) for found in (generated, real)), meaning.get(fault.rpartition(" ")[0], "")]
+        for fault in faults
+    ]
+    alone = [_by_gait_alone(samples, generated), _by_gait_alone(heldout, real)]
+    notes += _of_the_picture_alone(generated, alone, kept)
     tables = [
         Table(
             title="What the sifter keeps of real held-out pictures that were broken",
             header=["how", "kept"],
             rows=[["not", kept.shown(kept.real)], *([name, f"{rate:.1%}"] for name, rate in controls.items())],
         ),
-        Table(title="Why pictures were rejected", header=["reason", "generated", "real, held out"], rows=counted),
+        Table(
+            title="Why pictures were rejected",
+            header=["reason", "generated", "real, held out", "what it measures"],
+            rows=counted,
+        ),
     ]
     if labelled and samples.labels is not None:
         users = [train.class_names[user] if train.class_names else str(user) for user in np.unique(samples.labels)]
@@ -252,6 +273,7 @@ def sifting(
         rows = [[user, f"{rate:.0%}"] for user, rate in zip(users, rates, strict=True)]
         tables.append(Table(title="Kept of each user", header=["user", "generated"], rows=rows))
     data = {"controls": controls, "accepted": generated.accepted.tolist(), "reasons": generated.reasons}
+    data |= {"by_gait_alone": alone} if sifter.ranges else {}
     found = {"findings": [kept], "tables": tables, "notes": notes, "data": data}
     if not generated.accepted.all():
         found["pictures"] = {"rejected.png": _rejected(samples, generated, train.class_names)}
@@ -264,6 +286,30 @@ def _interval(rates: np.ndarray, sifted: Sifted, labelled: bool, seed: int) -> t
     if interval in ((0, 0), (1, 1)):
         return share_interval(int(sifted.accepted.sum()), len(sifted.accepted))
     return interval
+
+
+def _by_gait_alone(images: ImageSet, sifted: Sifted) -> float:
+    """The share that is kept where contrast, background and colours reject nothing."""
+    return float(_rates(images, sifted._replace(accepted=_gait_fits(sifted))).mean())
+
+
+def _of_the_picture_alone(generated: Sifted, alone: list[float], kept: Finding) -> list[str]:
+    """A note on pictures that are rejected for their contrast, background or colours and for nothing else."""
+    reasons = [reason.split(", ") for reason in generated.reasons if reason]
+    count = sum(all(NOT_GAIT in fault for fault in reason) for reason in reasons)
+    if not count:
+        return []
+    faults = {fault.replace(f" ({NOT_GAIT})", "") for reason in reasons for fault in reason if NOT_GAIT in fault}
+    return [
+        f"{count} of {len(reasons)} rejected images are so for the picture alone ({', '.join(sorted(faults))}), not for"
+        f" its gait: the autoencoder's or the colour scale's doing. By gait alone {kept.shown(alone[0])} would be kept,"
+        f" of held-out pictures {kept.shown(alone[1])}"
+    ]
+
+
+def _gait_fits(sifted: Sifted) -> np.ndarray:
+    """Whether each image is accepted, or rejected for nothing that is gait: (N,) bool."""
+    return np.array([all(NOT_GAIT in fault for fault in reason.split(", ")) or not reason for reason in sifted.reasons])
 
 
 def _left_with_few(rates: dict[str, float]) -> list[str]:
@@ -290,7 +336,7 @@ def _rejected(images: ImageSet, sifted: Sifted, names: list[str] | None) -> Imag
         reasons = sifted.reasons[place].split(", ")
         more = [f"and {len(reasons) - FAULTS} more"] if len(reasons) > FAULTS else []
         for i, line in enumerate([f"{user or 'image'} [{place}]", *reasons[:FAULTS], *more]):
-            draw.text((x + side + gap, y + 12 * i), line[:26], fill="black")
+            draw.text((x + side + gap, y + 12 * i), line[:28], fill="black")
     return sheet
 
 

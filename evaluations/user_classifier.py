@@ -15,9 +15,10 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from guided_diffusion_vae.nn import shifted_in_time
+
+from .progress import Progress
 
 SIZE = 64  # side of the pictures that the judge sees
 FREQUENCIES = 12  # of the 17 that 32 columns have: gait has its power in the lowest, noise in the rest
@@ -95,13 +96,13 @@ def train_user_classifier(
     epochs: int = 20,
     steps: int | None = None,
     augmented: bool = True,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> UserClassifier:
     """Learn who is walking from real images; the same seed gives the same judge on the same machine.
 
     Args:
         pixels: uint8 (N, H, W, 3); users: int (N,) in [0, num_users).
-        steps, augmented: see `learn`.
+        steps, augmented, progress: see `learn`.
     """
     return learn(
         lambda: UserClassifier(num_users),
@@ -112,7 +113,7 @@ def train_user_classifier(
         epochs=epochs,
         steps=steps,
         augmented=augmented,
-        title="the judge learns" if progress else None,
+        progress="the judge learns" if progress is True else progress or None,
     )
 
 
@@ -126,7 +127,7 @@ def learn(
     epochs: int,
     steps: int | None = None,
     augmented: bool = True,
-    title=None,
+    progress: str | Progress | None = None,
     batches=None,
 ):
     """The network that `build()` makes, with what it learned; the caller's random numbers stay as they are.
@@ -135,7 +136,7 @@ def learn(
         loss: (model, images (B, 3, 64, 64), users (B,)) -> what is to become small.
         steps: batches to learn from; None: what `steps_of` says.
         augmented: whether every batch goes through `augment`.
-        title: of the progress bar; None shows none.
+        progress: what to call it while it says how far it is, or a longer count that this is a part of; None: silent.
         batches: (users (N,), size, steps) -> as many batches of indices; by default one shuffled pass after another.
     """
     y = th.as_tensor(users, dtype=th.long)
@@ -147,7 +148,8 @@ def learn(
         optimiser = th.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = th.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
         chosen_ones = (batches or shuffled)(y, batch, steps)
-        for chosen in tqdm(chosen_ones, total=steps, desc=title, disable=None if title else True):
+        count = Progress(progress, steps) if isinstance(progress, str) else progress
+        for chosen in count.of(chosen_ones) if count else chosen_ones:
             x = to_input(pixels[chosen.numpy()]).contiguous(memory_format=th.channels_last)  # a third faster on a CPU
             value = loss(model, augment(x) if augmented else x, y[chosen])
             optimiser.zero_grad()

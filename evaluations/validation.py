@@ -2,22 +2,21 @@
 
 Five questions: does an image show the person it should (classifier, verification)? Do the images of all vary as real
 ones do (statistics)? Could a walking body have made them (physics, sifting)? Are they copies (memorisation)? And are
-the answers worth anything, or do the real sets share sessions (leaks)?
+the answers worth anything, or do the real sets share sessions (leaks)? `short` puts the answers first.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from guided_diffusion_vae.config import UserError, refuse_below
 
 from .classifier_tests import classifier_tests
-from .findings import AS_REAL_WORDS, NO_BETTER, Finding, Section, Table
+from .findings import Section
 from .html import write_report
 from .image_sets import LABELS, ImageSet
 from .leaks import leak_report
@@ -26,7 +25,8 @@ from .memorization import memorization
 from .metric_learning import DEFAULT_LOSS, LOSSES
 from .physics import physics
 from .plots import with_confusion
-from .report import FORMATS, GENERATED, SAME, SHUFFLED, SPLIT, TITLES, Report, comparison
+from .report import FORMATS, SPLIT, Report, comparison
+from .short import in_short
 from .sifting import METHODS, Sifted, Sifter, sifting, write_accept_list
 from .verification import split_users, verify
 
@@ -109,7 +109,7 @@ def validate(
             with_confusion(sections[part], train.class_names, say)
         short = in_short(list(sections.values()), config.chosen[number:], beware)
         found = {"in short": short, "beside": beside, **sections}
-        if not short.notes:
+        if not (short.notes or short.tables):
             del found["in short"]  # nothing that was asked has numbers
         keep(found)
     if "in short" in found:
@@ -153,19 +153,7 @@ def statistics_section(report: Report) -> Section:
     """The distances of `measure.evaluate` as findings: real is what real images of the same sessions score."""
     rows = report.rows
     names = [name for name in FORMATS if name not in ("user_accuracy", "nearest", "near_copies")]
-    findings = [
-        Finding(
-            name=TITLES.get(name, name),
-            value=getattr(rows[GENERATED], name),
-            real=getattr(rows[SAME], name),
-            worst=getattr(rows[SHUFFLED], name),
-            worst_is="shuffled",
-            form=FORMATS[name],
-            distance=name in ("fd_user", "kid_user"),
-            about=f"{report.about['compared']} images against {report.about['heldout_images']} of other sessions",
-        )
-        for name in names
-    ]
+    findings = [report.finding(name) for name in names]
     floor = rows[SPLIT].fd_user
     notes = [
         "real: as many real images of the training sessions; worst: real images with shuffled pixels",
@@ -219,111 +207,4 @@ PARTS: dict[str, Callable[..., Section]] = {
     "memorisation": _memorisation,
     "leaks": _leaks,
 }
-QUESTIONS = {  # what is asked -> the findings that answer it; the one in the worst place is quoted
-    "Do they show the right person?": ("TRTS",),
-    "Do they pass for that person?": ("AUC, closed set",),
-    "Do they vary as that person's walks do?": ("TSTR",),
-    "Does it help to learn from them besides the real ones?": ("gain",),
-    "Are they spread as real images are?": ("FD_user",),
-    "Could a walking body have made them?": ("kept by the sifter",),
-    "Are they no copies?": ("near copies", "twins of training images"),
-}
 SHOWN = 8  # users in the picture
-FD_TARGET = 50
-
-
-class Target(NamedTuple):
-    """What users asked for: of which finding, in words, and whether it is met by (finding, its floor)."""
-
-    name: str
-    words: str
-    met: Callable[[Finding, float | None], bool]
-    beside: Callable[[Finding, float | None], str] = lambda finding, floor: ""  # what the target is worth
-
-
-def _below_noise(fd: Finding, floor) -> bool:
-    return fd.value is not None and fd.value < FD_TARGET and fd.worst is not None and fd.value < fd.worst
-
-
-def _noise(fd: Finding, floor) -> str:
-    """Distances have no unit: what counts as near depends on the classifier that made the features."""
-    if fd.worst is None:
-        return "what shuffled pixels score is not known, so it does not count as met"
-    if fd.worst < FD_TARGET:
-        return f"{FD_TARGET} says little on this scale: shuffled pixels score {fd.shown(fd.worst)}"
-    return f"shuffled pixels score {fd.shown(fd.worst)}"
-
-
-def _floor(fd: Finding, floor) -> str:
-    return "its floor is not known" if floor is None else f"the floor is {fd.shown(floor)}"
-
-
-TARGETS = (
-    Target("TRTS", "above 80 %", lambda trts, floor: trts.value > 0.8),
-    Target("IS_user", "above 2", lambda score, floor: score.value > 2),
-    Target("FD_user", f"below {FD_TARGET}", _below_noise, _noise),
-    Target("FD_user", "below twice its floor", lambda fd, floor: floor is not None and fd.value < 2 * floor, _floor),
-)
-
-
-def _gain(finding: Finding) -> str:
-    """A gain is seen where its interval leaves 0 out."""
-    if finding.interval is None:
-        return "too few users for an interval"
-    low, high = finding.interval
-    return "it helps" if low > 0 else "it harms" if high < 0 else "no difference is seen"
-
-
-def _answer(found: dict[str, Finding], names) -> Finding | None:
-    """The finding in the worst place of those that were measured."""
-    measured = [found[name] for name in names if name in found and found[name].value is not None]
-    return min(measured, key=lambda f: math.inf if f.place is None else f.place, default=None)
-
-
-def in_short(sections: list[Section], lacking=(), beware=()) -> Section:
-    """A line for each question, whether the targets are met, and what stands out, from the sections that are there.
-
-    Args:
-        lacking: names of parts that are asked for and not there yet.
-        beware: sentences that come first.
-    """
-    found = {finding.name: finding for section in sections for finding in section.findings}
-    floor = next((s.data["FD_user_floor"] for s in sections if "FD_user_floor" in s.data), None)
-    answers = [
-        [question, f.name, *map(f.shown, (f.value, f.real, f.worst)), _gain(f) if f.name == "gain" else f.verdict]
-        for question, names in QUESTIONS.items()
-        if (f := _answer(found, names))
-    ]
-    targets = [
-        [f"{t.name} {t.words}", f.shown(f.value), "met" if t.met(f, floor) else "not met", t.beside(f, floor)]
-        for t in TARGETS
-        if (f := _answer(found, [t.name]))
-    ]
-    tables = [
-        Table(title="answers", header=["question", "number", "value", "real", "worst", "verdict"], rows=answers),
-        Table(title="targets", header=["target", "value", "", ""], rows=targets),
-    ]
-    notes = [f"unfinished: {', '.join(lacking)} not there yet"] if lacking else []
-    notes += beware
-    notes += [f"{row[0]} {row[5]} ({row[1]} {row[2]}; real images {row[3]}, the worst {row[4]})" for row in answers]
-    notes += [f"target {row[0]}: {', '.join(row[1:3])}" + (f"; {row[3]}" if row[3] else "") for row in targets]
-    return Section(
-        title="In short", tables=[table for table in tables if table.rows], notes=notes + _standing_out(sections)
-    )
-
-
-def _standing_out(sections: list[Section]) -> list[str]:
-    """Parts that no question asks about, by the number of their verdicts; and the findings at either end by name."""
-    asked, notes = {name for names in QUESTIONS.values() for name in names}, []
-    for section in sections:
-        judged = [finding for finding in section.findings if finding.place is not None]
-        if judged and not asked & {finding.name for finding in section.findings}:
-            as_real = sum(finding.verdict.startswith(AS_REAL_WORDS) for finding in judged)
-            notes.append(f"{section.title}: {as_real} of {len(judged)} findings are as real images")
-    found = [finding for section in sections for finding in section.findings]
-    beyond = [f"{f.name} ({f.shown(f.value)}, real images {f.shown(f.real)})" for f in found if f.beyond]
-    worst = [
-        f"{f.name} ({f.shown(f.value)}, the worst {f.shown(f.worst)})" for f in found if f.verdict.startswith(NO_BETTER)
-    ]
-    notes += [f"above real images, look why: {', '.join(beyond)}"] if beyond else []
-    return notes + ([f"{NO_BETTER}: {', '.join(worst)}"] if worst else [])

@@ -282,7 +282,7 @@ def _notes(train: ImageSet, both: np.ndarray, validation: Pairs, fixed: EqualErr
     notes = [
         f"the threshold {fixed.threshold:.3f} was fixed where {len(validation.genuine)} genuine and"
         f" {len(validation.impostor)} impostor pairs of real images from the training sessions have equal errors"
-        f" ({fixed.rate:.1%}); other sessions lower the scores of real images too"
+        f" ({fixed.rate:.1%}); held-out images score lower, real ones too"
     ]
     if len(both) < len(train.class_names):
         missing = len(train.class_names) - len(both)

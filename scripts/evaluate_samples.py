@@ -3,8 +3,9 @@
     python scripts/evaluate_samples.py --real_dir data/train --heldout_dir data/test --samples samples_248x64x64x3.npz
 
 Needs no download: a small user classifier, trained here on the real images alone (under half a minute on a CPU), is
-the judge of identity and the feature space. Prints a table; writes report.json and comparison.png. User accuracy is
-the share of all images that the judge names right; validate.py's TRTS is the mean of that share over users.
+the judge of identity and the feature space. Prints a table, and a verdict with an interval on the share named right and
+on FD_user; writes report.json and comparison.png. User accuracy is the share of all images that the judge names right;
+validate.py's TRTS is the mean of that share over users, by three classifiers.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
     python scripts/validate.py --real_dir DATA/train --heldout_dir DATA/test --samples runs/one/samples
 
 Asks everything that evaluate_samples.py asks in short, several times over and with intervals. No download: all judges
-learn here from the real images. Prints which part begins and what it found; writes report.html, report.json, pictures
-and the sifter's accepted.csv, anew after every part.
+learn here from the real images. Prints which part begins, how far it is and what it found, and in the end a verdict on
+each question; writes report.html, report.json, pictures and the sifter's accepted.csv, anew after every part.
 """
 
 from functools import partial

@@ -50,6 +50,18 @@ def found_in(train, heldout, samples, **options):
     return {finding.name: finding for finding in section.findings}, section
 
 
+def test_it_says_how_far_it_is_over_all_classifiers(monkeypatch, capsys):
+    """Two seeds of three lessons, six classifiers of as many steps: one count, and no line of any alone."""
+    monkeypatch.setattr(user_classifier, "MIN_STEPS", 2)
+    monkeypatch.setattr("evaluations.progress.EVERY_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    classifier_tests(walks(0), walks(1), walks(2), seeds=2, epochs=1, progress=True)
+    said = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"6 classifiers learn: {step / 12:.0%}" for step in range(1, 12)]
+    classifier_tests(walks(0), walks(1), walks(2), seeds=1, epochs=1)
+    assert not capsys.readouterr().out
+
+
 def test_samples_as_good_as_real_ones_score_like_them(by_neighbours):
     found, section = found_in(walks(0), walks(1), walks(2))
     assert [found[name].value for name in ("TRTR", "TRTS", "TSTR", "gain")] == [1, 1, 1, 0]

@@ -92,6 +92,23 @@ def test_the_page_says_what_the_value_and_the_worst_are():
     assert len([style for style in page.bars if "left" in style]) == 1  # none of the alarm
 
 
+def test_terms_are_explained_where_they_first_appear():
+    quoting = Section(title="One", quoted=["TRTS"], tables=[Table(title="t", header=["a"], rows=[["b"]])])
+    found = Section(title="Two", findings=[Finding(name="TRTS", value=1.0), Finding(name="EER, open set", value=1.0)])
+    text = Page(render("t", [quoting, found], {})).text
+    assert text.count("train on real, test on synthetic") == 1 and text.index("test on synthetic") < text.index("Two")
+    assert text.index("equal error rate") > text.index("Two") < text.index("users that the embedding never saw")
+
+
+def test_where_the_tables_are_what_matters_they_come_before_the_notes():
+    table = Table(title="verdicts", header=["a"], rows=[["b"]])
+    for first in (True, False):
+        section = Section(title="One", tables=[table], notes=["beware"], tables_first=first)
+        text = render("t", [section], {})
+        assert (text.index("verdicts") < text.index("beware")) == first == ("<table class=words>" in text)
+        assert ("verdicts:" in str(section)) == first
+
+
 def test_cells_are_short_and_missing_numbers_are_dashes():
     rows = Page(render("t", sections(), {"n": 3, "wide": np.float32(0.25)})).rows
     assert ["user_00", "0.123"] in rows and [EVIL, "-"] in rows and ["1", "-"] in rows

@@ -9,7 +9,8 @@ from PIL import Image
 
 from evaluations import leaks
 from evaluations.image_sets import ImageSet
-from evaluations.leaks import leak_report, recording_of
+from evaluations.leaks import leak_report
+from evaluations.sessions import Recordings, recording_of, recordings_of
 from guided_diffusion_vae.data.spectrogram import colours_from_unit
 
 
@@ -115,7 +116,7 @@ def test_sessions_of_the_simulator_do_not_leak():
     sets = {"train": simulated(5, 8, session=0)[0], "test": simulated(5, 4, session=3)[0]}
     section = leak_report(sets)
     assert shares(section) == {"exact": 0, "near": 0, "shifted": 0}
-    assert {finding.verdict for finding in section.findings} == {"as real images"}
+    assert {finding.verdict for finding in section.findings} == {"none found"}
 
 
 def test_file_names_tell_of_recordings():
@@ -144,6 +145,30 @@ def test_file_names_that_both_sets_share():
     names = {key: [f"{user}/24GHz_{i}.png" for i, user in enumerate(NAMES)] for key in ("train", "test")}
     section = leak_report({"train": known, "test": new}, names=names)
     assert section.notes == ["the file names of train and test do not tell recordings apart"]  # 24GHz is everybody's
+
+
+def test_no_twins_in_the_same_recordings_are_no_praise():
+    known, new = (images(window(recordings(4, seed))) for seed in (0, 1))
+    files = {"train": [f"rec{i}_f000.png" for i in range(4)], "test": [f"rec{i}_f024.png" for i in range(4)]}
+    section = leak_report({"train": known, "test": new}, names=files)
+    assert {f.verdict for f in section.findings} == {"none found; yet both sets are of the same recordings"}
+    assert section.data["recordings"] == {"in_both": 4, "told": True}
+    many = leak_report({"train": known, "test": known}, names=files).findings[0]
+    assert many.value == 1 and many.verdict.startswith("too many: numbers on held-out images say nothing")
+
+
+def test_sets_tell_of_their_own_recordings():
+    """By the files that they were read from: apart, the same, or nothing is known."""
+    known, new = (images(window(recordings(4, seed))) for seed in (0, 1))
+
+    def told(first, second):
+        files = [[f"{user}_{name}_0001.png" for user in NAMES] if name else None for name in (first, second)]
+        return recordings_of(*(s._replace(files=f) for s, f in zip((known, new), files, strict=True)))
+
+    assert told("s00", "s03").apart
+    assert not told("s00", None).apart and told(None, None) == Recordings(False, [])
+    both = recordings_of(*(s._replace(files=[f"{i}_f{n}.png" for i in range(4)]) for s, n in ((known, 0), (new, 24))))
+    assert not both.apart and [recording for _, recording in both.both] == ["0", "1", "2", "3"]
 
 
 def test_other_sizes_are_not_compared():

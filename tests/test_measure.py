@@ -60,6 +60,57 @@ def test_samples_without_labels_have_no_accuracy_and_all_the_rest(tmp_path):
     assert "user accuracy                -" in str(found)
 
 
+def files(images, session):
+    return images._replace(files=[f"{NAMES[user]}_{session}_{i:04d}.png" for i, user in enumerate(images.labels)])
+
+
+@pytest.mark.parametrize("session, called", [("s03", "other sessions"), ("s00", "held-out images"), (None, None)])
+def test_other_sessions_are_called_so_only_where_file_names_tell(session, called):
+    """In print: the keys of report.json stay what they were."""
+    train, held = files(images(0), "s00"), images(1)
+    if session:
+        held = files(held, session)
+        train = train._replace(files=[*train.files[:-1], "user_07_s01_0035.png"])  # two sessions, or names tell nothing
+    found = few(train, held, images(2))
+    text = str(found)
+    assert found.heldout_is == (called or "held-out images")
+    assert f"{found.heldout_is:>16} split at random" in text.splitlines()[1]
+    assert ("other sessions" in text) == (called == "other sessions") or "not other sessions" in text
+    assert any("recordings are in both" in note for note in found.notes) == (session == "s00")
+    assert "real, other sessions" in found.rows
+
+
+def test_the_first_two_scores_have_intervals_and_verdicts():
+    train, held, made = images(0, each=24), images(1), images(2)
+    found = few(train, held, made)
+    for key in ("user_accuracy", "fd_user"):
+        finding = found.finding(key)
+        low, high = finding.interval
+        assert low <= getattr(found.rows["generated"], key) <= high
+        words = f"{finding.name} {finding.shown(finding.value)} (95 %: {finding.shown(low)} to {finding.shown(high)}): "
+        (line,) = [line for line in str(found).splitlines() if line.startswith(words)]
+        assert line.removeprefix(words).startswith(finding.verdict)
+    assert found.finding("user_accuracy").real == found.rows["real, other sessions"].user_accuracy
+    assert found.finding("fd_user").worst == found.rows["real, pixels shuffled"].fd_user
+
+
+def test_the_interval_of_accuracy_draws_users():
+    """Three users at 0, 1/2 and 1: all draws of the same user are there, so the ends are 0 and 1."""
+    labels, right = np.repeat([0, 1, 2], 4), np.repeat([0, 0, 1, 0, 1, 1], [4, 1, 1, 1, 1, 4]).astype(bool)
+    assert measure._accuracy_interval(right, labels, 0) == (0, 1)
+    assert measure._accuracy_interval(right[:8], labels[:8], 0) is None
+    assert measure._accuracy_interval(right | True, labels, 0) == measure.share_interval(12, 12)
+
+
+def test_why_fewer_images_are_compared_is_said():
+    few_set_aside = str(few(images(0, each=12), images(1), images(2)))  # a sixth of twelve, of three users
+    assert "6 images against 36 held-out images; of 36 generated ones 6, evenly of all users" in few_set_aside
+    assert "only so many real images that the judge never saw" in few_set_aside
+    few_held = str(few(images(0, each=60), images(1, each=3), images(2)))
+    assert "of 36 generated ones 9, evenly of all users, as there are only so many held-out images" in few_held
+    assert "evenly of all users" not in str(few(images(0, each=30), images(1), images(2, each=2)))
+
+
 def test_what_is_set_aside_and_what_is_compared():
     labels = np.repeat([0, 1, 2], [4, 6, 24])
     aside, learned = measure.set_aside(labels, np.random.default_rng(0))

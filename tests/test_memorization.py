@@ -194,7 +194,7 @@ def test_real_images_are_those_of_the_same_sessions():
     assert near.real == 1 and near.value == pytest.approx(1, abs=0.15)
     assert section.data["other_sessions"]["nearest training image"] > near.value + 0.05
     assert found(section)["twins of training images"].place > 0.6  # only 12 real images tell how alike these walks are
-    assert any("held-out images of other sessions score" in note for note in section.notes)
+    assert any("held-out images score" in note for note in section.notes)
 
 
 def test_the_sheet_shows_the_pair(sets):

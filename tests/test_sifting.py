@@ -10,6 +10,7 @@ from evaluations import sifting as si
 from evaluations.image_sets import shuffle_pixels
 from evaluations.sifting import Sifter, sifting, write_accept_list
 from guided_diffusion_vae.config import UserError
+from guided_diffusion_vae.data.spectrogram import colours_from_unit, unit_from_colours
 
 
 def kept(sifter, images):
@@ -48,6 +49,24 @@ def test_reasons_name_the_quantity_and_its_side():
     assert all("torso below" in reason.split(", ") for reason in mirrored.reasons)
     fine = sifter.sift(held)
     assert [not reason for reason in fine.reasons] == fine.accepted.tolist()
+
+
+def test_contrast_is_not_gait():
+    """Walks whose brightest values are a little darker: rejected for that, by its name, and said to be walks still."""
+    train, held = walks(20, 0), walks(6, 1)
+    unit = unit_from_colours(held.pixels, "jet")[0]
+    darker = held._replace(pixels=colours_from_unit(np.where(unit > 0.9, unit - 0.04, unit), "jet"))
+    section = sifting(train, held, darker, seed=0)
+    assert section.findings[0].value == 0 and section.findings[0].real > 0.9
+    reasons = section.data["reasons"]
+    assert all("contrast (not gait) below" in reason.split(", ") for reason in reasons)
+    assert section.data["by_gait_alone"][0] > 0.9 and section.data["by_gait_alone"][1] == section.findings[0].real
+    (note,) = [note for note in section.notes if "for the picture alone" in note]
+    alone = sum(reason == "contrast (not gait) below" for reason in reasons)
+    assert note.startswith(f"{alone} of 24 rejected images are so for the picture alone (contrast below), not for its")
+    (row,) = [row for row in section.tables[1].rows if row[0] == "contrast (not gait) below"]
+    assert row[1:3] == ["100.0%", "0.0%"] and row[3].startswith("contrast of the picture, not gait")
+    assert not any("picture alone" in note for note in sifting(train, held, held, seed=0).notes)
 
 
 def test_a_wider_margin_keeps_more():

@@ -162,3 +162,25 @@ def test_groups_in_any_order_are_drawn_whole():
     for counts in drawn:
         assert counts[0] == counts[2] == counts[5] and counts[1] == counts[4]
         assert counts[0] + counts[1] + counts[3] == 3
+
+
+def test_the_interval_of_a_frechet_distance_is_as_wide_as_its_draws():
+    """1.96 standard deviations of the distance over fresh draws of both sides, on either side."""
+    rng, values, halves, holds = np.random.RandomState(0), [], [], []
+    for _ in range(400):
+        x, y = rng.randn(120, 6) + 0.4, rng.randn(200, 6)
+        values.append(statistics.frechet_distance(x, y))
+        low, high = statistics.frechet_interval(x, y)
+        assert low + high == pytest.approx(2 * values[-1])
+        halves.append((high - low) / 2)
+        holds.append((low, high))
+    middle = np.mean(values)
+    assert np.mean(halves) == pytest.approx(1.96 * np.std(values), rel=0.12)
+    assert 0.92 < np.mean([low < middle < high for low, high in holds]) < 0.98
+
+
+def test_the_interval_of_a_frechet_distance_of_few_rows():
+    x = np.random.RandomState(1).randn(5, 3)
+    low, high = statistics.frechet_interval(x, x)
+    assert low == 0 <= high
+    assert statistics.frechet_interval(x[:2], x)[1] > 0

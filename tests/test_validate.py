@@ -1,4 +1,4 @@
-"""The validation as a whole: what it says in short of hand-made sections, and what it leaves behind."""
+"""The validation as a whole: its settings, its parts one after the other, and what it leaves behind."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from evaluations import validation
 from evaluations.findings import Finding, Section
 from evaluations.image_sets import ImageSet
 from evaluations.report import GENERATED, SAME, SHUFFLED, SPLIT, Report, Scores
-from evaluations.validation import PARTS, ValidationConfig, in_short, statistics_section, validate, write_validation
+from evaluations.short import in_short
+from evaluations.validation import PARTS, ValidationConfig, statistics_section, validate, write_validation
 from guided_diffusion_vae.config import UserError, create_argparser, parse_run
 
 USERS = 12
@@ -38,106 +39,6 @@ def table(short, title):
     return next((t.rows for t in short.tables if t.title == title), [])
 
 
-def targets(*findings, **data):
-    return [row[1:] for row in table(in_short([section(*findings, **data)]), "targets")]
-
-
-# ---- in short --------------------------------------------------------------------------------------------------------
-
-
-def test_every_question_is_answered_by_its_number():
-    findings = [
-        Finding(name="TRTS", value=0.9, real=1.0, worst=0.0, form="{:.0%}"),
-        Finding(name="TSTR", value=0.3, real=1.0, worst=0.0, form="{:.0%}"),
-        Finding(name="no question", value=1.0),
-        Finding(name="AUC, closed set", value=None, real=1.0, worst=0.5),
-    ]
-    short = in_short([section(findings[0]), section(*findings[1:])])
-    assert table(short, "answers") == [
-        ["Do they show the right person?", "TRTS", "90%", "100%", "0%", "as real images"],
-        ["Do they vary as that person's walks do?", "TSTR", "30%", "100%", "0%"]
-        + ["nearer to the worst than to real images"],
-    ]
-    assert short.notes[0].startswith("Do they show the right person? as real images (TRTS 90%; real images 100%")
-    assert not in_short([section()]).tables and not in_short([]).notes
-
-
-def test_what_stands_out_is_named_in_the_last_lines():
-    ends = {"real": 1.0, "worst": 3.0, "form": "{:.1f}"}
-    body = [Finding(name=name, value=value, **ends) for name, value in (("torso", 1.0), ("noise", 3.2), ("swing", 2.9))]
-    judge = Finding(name="shortcut", value=0.4, real=0.2, worst=0.0, interval=(0.3, 0.5), above="alarm", form="{:.0%}")
-    trts = Finding(name="TRTS", value=0.9, real=1.0, worst=0.0)
-    notes = in_short([section(trts, judge), Section(title="Physics", findings=body)]).notes
-    assert notes[-3:] == [
-        "Physics: 1 of 3 findings are as real images",
-        "above real images, look why: shortcut (40%, real images 20%)",
-        "no better than the worst: noise (3.2, the worst 3.0), swing (2.9, the worst 3.0)",
-    ]
-    assert not any("TRTS" in note for note in notes[-3:])
-
-
-@pytest.mark.parametrize("copies, twins, quoted", [(0.0, 0.3, "twins"), (0.3, 0.0, "near"), (0.0, 0.0, "near")])
-def test_of_two_signs_of_copying_the_worse_is_quoted(copies, twins, quoted):
-    shares = {"near copies": copies, "twins of training images": twins}
-    findings = [Finding(name=name, value=value, real=0.0, worst=1.0) for name, value in shares.items()]
-    (row,) = table(in_short([section(*findings)]), "answers")
-    assert row[0] == "Are they no copies?" and row[1].startswith(quoted)
-
-
-def test_a_sign_without_a_place_does_not_hide_the_other():
-    """Real images that are no better than the worst say nothing."""
-    near = Finding(name="near copies", value=1.0, real=1.0, worst=1.0)
-    twins = Finding(name="twins of training images", value=0.2, real=0.0, worst=1.0)
-    assert table(in_short([section(near, twins)]), "answers")[0][1] == "twins of training images"
-    assert table(in_short([section(near)]), "answers")[0][1] == "near copies"
-
-
-@pytest.mark.parametrize(
-    "interval, words",
-    [
-        ((0.01, 0.2), "it helps"),
-        ((-0.2, -0.01), "it harms"),
-        ((-0.1, 0.1), "no difference is seen"),
-        (None, "too few users for an interval"),
-    ],
-)
-def test_a_gain_is_seen_where_its_interval_leaves_0_out(interval, words):
-    gain = Finding(name="gain", value=0.05, interval=interval)
-    assert table(in_short([section(gain)]), "answers")[0][5] == words
-
-
-# ---- targets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "value, worst, met, beside",
-    [
-        (30.0, 400.0, "met", "shuffled pixels score 400.0"),
-        (60.0, 400.0, "not met", "shuffled pixels score 400.0"),
-        (45.5, 45.5, "not met", "50 says little on this scale: shuffled pixels score 45.5"),
-        (48.0, 45.5, "not met", "50 says little on this scale: shuffled pixels score 45.5"),
-        (20.0, 45.5, "met", "50 says little on this scale: shuffled pixels score 45.5"),
-        (20.0, None, "not met", "what shuffled pixels score is not known, so it does not count as met"),
-    ],
-)
-def test_noise_does_not_meet_a_target(value, worst, met, beside):
-    assert targets(fd(value, worst))[0] == [f"{value:.1f}", met, beside]
-    lines = [note for note in in_short([section(fd(value, worst))]).notes if "below 50" in note]
-    assert lines == [f"target FD_user below 50: {value:.1f}, {met}; {beside}"]
-
-
-@pytest.mark.parametrize("floor, met", [(16.0, "met"), (15.0, "not met"), (None, "not met")])
-def test_twice_the_floor(floor, met):
-    data = {} if floor is None else {"FD_user_floor": floor}
-    assert targets(fd(30.0, 400.0), **data)[1][1] == met
-
-
-@pytest.mark.parametrize("name, at, above", [("TRTS", 0.8, 0.81), ("IS_user", 2.0, 2.1)])
-def test_scores_must_be_above_their_target(name, at, above):
-    assert [targets(Finding(name=name, value=value))[0][1] for value in (at, above)] == ["not met", "met"]
-    assert targets(Finding(name=name, value=None)) == []
-
-
 def test_distances_stand_between_real_images_and_shuffled_ones():
     rows = {
         name: Scores(fd_user=number, precision=number / 100, user_accuracy=1.0, near_copies=0.0)
@@ -151,7 +52,8 @@ def test_distances_stand_between_real_images_and_shuffled_ones():
     assert by_name["precision"].place == pytest.approx((0.2 - 0.4) / (0.1 - 0.4))
     assert by_name["KID_user"].value is None and not {"user accuracy", "near copies", "nearest"} & set(by_name)
     assert found.data["FD_user_floor"] == 6 and "beware" in found.notes
-    assert targets(*found.findings, **found.data)[1] == ["20.00", "not met", "the floor is 6.00"]
+    assert distance.about == "5 images against 7 held-out images"
+    assert [row[0] for row in table(in_short([found]), "where FD_user stands")] == ["6.00", "10.00", "20.00", "40.00"]
 
 
 # ---- the settings ----------------------------------------------------------------------------------------------------
@@ -230,7 +132,7 @@ def kept(folder, **options):
     written, seen, samples = [], [], noise(2)
 
     def keep(sections):
-        seen.append((list(sections), sections["in short"].notes[0]))
+        seen.append((list(sections), sections["in short"].notes))
         written[:] = write_validation(folder, sections, samples, {"parts": ("a", "b")})
 
     validate(noise(0), noise(1), samples, ValidationConfig(**options), say=lambda text: None, keep=keep)
@@ -242,8 +144,8 @@ def test_the_report_grows_part_by_part(parts, tmp_path):
     assert names == ["accepted.csv", "closest_pairs.png", validation.BESIDE, "report.html", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [sections for sections, _ in seen] == [["in short", "beside", *list(parts)[:n]] for n in (1, 2, 3)]
-    assert [note.startswith("unfinished") for _, note in seen] == [True, True, False]
-    assert seen[0][1] == "unfinished: sifting, memorisation not there yet"
+    unfinished = ["sifting, memorisation", "memorisation"]
+    assert [notes for _, notes in seen] == [[f"unfinished: {parts} not there yet"] for parts in unfinished] + [[]]
     assert (tmp_path / "accepted.csv").read_text().splitlines()[:3] == [
         "image,accepted,reason",
         "0,1,",
