@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from guided_diffusion_vae.config import UserError
 
-from .findings import ABOVE, AS_REAL, Finding, Table
-from .report import FORMATS, GENERATED, OTHER, SAME, Report, Scores
+from .findings import AS_REAL, Finding, Table
+from .report import GENERATED, OTHER, Report, Scores
 from .validation import TITLE, statistics_section
 
 MOST_BYTES = 64 << 20  # of a report; validate.py's on 31 users has 0.1 MB
@@ -101,27 +101,13 @@ def _of_evaluation(found: dict, path: Path) -> Told:
         name: Scores(**{field.name: _number(row.get(field.name)) for field in fields(Scores)})
         for name, row in found["rows"].items()
     }
-    about, notes = found["about"], [str(note) for note in _list(found["notes"])]
+    about = {**found["about"], "chance": _number(found["about"]["chance"])}
     right = {name: _shares(shares.items()) for name, shares in found["accuracy_per_user"].items()}
-    section = statistics_section(Report(rows, about, right, notes))
-    accuracy = Finding(
-        name="user accuracy",
-        value=rows[GENERATED].user_accuracy,
-        real=rows[OTHER].user_accuracy,
-        worst=_number(about["chance"]),
-        worst_is="chance",
-        form=FORMATS["user_accuracy"],
-        about="share of generated images that a classifier of real ones names right; real: of other sessions",
-        above=ABOVE,
-    )
-    copies = Finding(
-        name="near copies",
-        value=rows[GENERATED].near_copies,
-        real=rows[SAME].near_copies,
-        form=FORMATS["near_copies"],
-        about="share three times nearer to one training image than to its nearest on average",
-    )
-    lines = [_line(finding) for finding in (accuracy, *section.findings, copies)]
+    intervals = {name: _interval(ends) for name, ends in found.get("intervals", {}).items() if ends is not None}
+    report = Report(rows, about, right, [str(note) for note in _list(found["notes"])], intervals)
+    section = statistics_section(report)
+    shown = (report.finding("user_accuracy"), *section.findings, report.finding("near_copies"))
+    lines = [_line(finding) for finding in shown]
     floor = f"real images dealt at random: {section.data['FD_user_floor']:.2f}, the floor"
     lines = [line._replace(about=f"{line.about}; {floor}") if line.name == "FD_user" else line for line in lines]
     names = list(right)
@@ -239,6 +225,12 @@ def _number(value) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{str(value)[:50]!r} is no number")
     return value if math.isfinite(value) else None
+
+
+def _interval(ends) -> tuple[float, float] | None:
+    """Two numbers of a report; None where one is not finite."""
+    low, high = map(_number, ends)
+    return None if low is None or high is None else (low, high)
 
 
 def _shares(pairs) -> dict[str, float]:

@@ -162,7 +162,7 @@ def test_what_is_not_there_is_an_error_that_names_the_flag(world, tmp_path, flag
 # ---- what reports say ------------------------------------------------------------------------------------------------
 
 
-def short_report(path, users=USERS, **about):
+def short_report(path, users=USERS, intervals=None, **about):
     """As evaluate_samples.py writes it."""
     scores = {
         GENERATED: Scores(user_accuracy=0.5, fd_user=4.0, precision=0.5, near_copies=0.25),
@@ -174,7 +174,7 @@ def short_report(path, users=USERS, **about):
     counts = {"training_images": 20, "heldout_images": 8, "generated_images": 16}
     about = {"chance": 0.25, "compared": 8, **counts, **about}
     right = {GENERATED: dict(zip(users, (0.5, 1.0, 0.25, 0.75), strict=True)), OTHER: dict.fromkeys(users, 0.75)}
-    Report(scores, about, right, ["beware"]).save(path / "report.json")
+    Report(scores, about, right, ["beware"], intervals or {}).save(path / "report.json")
     return path
 
 
@@ -211,6 +211,13 @@ def test_a_short_report_with_floor_ceiling_and_verdicts(tmp_path):
     assert lines["recall"].value == "-" and "beware" in told.notes
     assert told.right == dict(zip(USERS, (0.5, 1.0, 0.25, 0.75), strict=True)) and told.right_real[EVIL] == 0.75
     assert told.counts == {TRAINING: 20, HELDOUT: 8, GENERATED: 16}
+
+
+def test_verdicts_of_a_short_report_are_those_of_its_intervals(tmp_path):
+    intervals = {"user_accuracy": (0.4, 0.95), "fd_user": (2.0, 8.0), "precision": None}
+    lines = {line.name: line for line in read_report(short_report(tmp_path, intervals=intervals)).lines}
+    assert lines["user accuracy"].verdict == "not distinguishable from real images"
+    assert lines["FD_user"].verdict == "between the worst and real images"
 
 
 def test_a_whole_report_is_quoted(tmp_path):
