@@ -135,6 +135,11 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown flag {unknown[0]}{self._nearest(unknown[0].split('=')[0])}; --help lists them")
         return parsed
 
+    def _get_option_tuples(self, option_string: str):
+        """What a flag cut short may stand for; two names of one flag are one."""
+        found = super()._get_option_tuples(option_string)  # pyright: ignore[reportAttributeAccessIssue]  # argparse's own
+        return found[:1] if len({id(match[0]) for match in found}) == 1 else found
+
     def _nearest(self, flag: str) -> str:
         return did_you_mean(flag, [name for action in self._actions for name in action.option_strings])
 
@@ -161,6 +166,14 @@ def add_dict_to_argparser(
         parser.add_argument(*names, **options, **words)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose first line is the usage in brief: the flags have their own lines below, with what they mean."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        places = [str(action.metavar) for action in actions if not action.option_strings]
+        super().add_usage(usage or " ".join(["%(prog)s", *places, "[--FLAG VALUE ...]"]), actions, groups, prefix)
+
+
 class _Words(argparse.Action):
     """Collects `--users 1 2,3` as (1, 2, 3)."""
 
@@ -182,14 +195,14 @@ def create_argparser(
         aliases: flag -> another name for it.
         elsewhere: sections of the scripts that share recipes with this one; it passes their keys over.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=_Help)
     parser.sections, parser.elsewhere = sections, {field.name for section in elsewhere for field in fields(section)}
     for section in sections:
         group = parser.add_argument_group(section.__name__)
         add_dict_to_argparser(group, _new_fields(section, parser), field_help(section), aliases)
     own = parser.add_argument_group("every script")
     own.add_argument("--config", default="", metavar="FILE", help="a recipe: YAML of flag: value")
-    own.add_argument("--dry_run", default=False, type=str2bool, metavar="X", help="print the resolved run and stop")
+    own.add_argument("--dry_run", default=False, type=str2bool, metavar="X", help="print all settings and stop")
     own.add_argument("--debug", default=False, type=str2bool, metavar="X", help="show the traceback of an error")
     return parser
 
@@ -233,7 +246,26 @@ class Run:
         return Run({**self.as_dict(), **values}, self.given, self._sections, control)
 
     def __str__(self) -> str:
-        return yaml.safe_dump(plain(self.as_dict()), sort_keys=False, allow_unicode=True).rstrip()
+        """A recipe of this very run: all settings in a dry run, else those that were given or are not the default."""
+        if self.dry_run:
+            return in_yaml(self.as_dict())
+        defaults, lines = self.defaults, []
+        told = {k: v for k, v in self.as_dict().items() if k in self.given or v != defaults[k]}
+        others = len(self._names) - len(told)
+        for section in self._sections:
+            own = {field.name: told.pop(field.name) for field in fields(section) if field.name in told}
+            lines += [f"# {section.__name__}", in_yaml(own)] if own else []
+        return "\n".join([*lines, f"# the other {others} settings have their defaults: --dry_run True prints all"])
+
+
+def in_yaml(values: dict[str, Any]) -> str:
+    """The values as lines of a recipe."""
+    return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def print_comment(line: str) -> None:
+    """Print beside a printed run, which stays a recipe."""
+    print("#", line.replace("\n", "\n# "))
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from . import dist_util
-from .config import UserError
+from .config import UserError, print_comment
 from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb
 from .data.latent_cache import MomentsDataset, cached_moments, drop_bad_images
 from .data.latent_shards import LatentShards, find_shards
@@ -109,15 +109,15 @@ def describe(folder: ImageFolder, data_dir, image_size: int) -> str:
     return line + (f"; no images in {', '.join(empty)}" if empty else "")
 
 
-def who(folder: ImageFolder | LatentShards) -> str:
-    """How many classes, the first few by name, and how many each has."""
+def who(folder: Any) -> str:
+    """Of what has `labels` and `class_names`: how many classes, the first few by name, and how many each has."""
     counts = count_users(folder)
     shown = [f"{name} ({n})" for name, n in counts.items()]
     more = f", ... {shown[-1]}" if len(counts) > 4 else ""
-    return f"{len(counts)} classes: {', '.join(shown[:4])}{more}"
+    return f"{len(counts)} class{'es' * (len(counts) > 1)}: {', '.join(shown[:4])}{more}"
 
 
-def count_users(folder: ImageFolder | LatentShards) -> dict[str, int]:
+def count_users(folder: Any) -> dict[str, int]:
     """How many images each class has."""
     counts = np.bincount(folder.labels, minlength=len(folder.class_names))
     return {name: int(n) for name, n in zip(folder.class_names, counts, strict=True)}
@@ -220,23 +220,11 @@ def load_data_with_vae(
     if class_balance and not class_cond:
         raise UserError("--class_balance True needs users to balance: give --class_cond True, or leave it out")
     options = {"seed": seed, "shuffle": not deterministic}
-    files = find_shards(data_dir)
-    if files:
-        shards = open_latents(files, data_dir, vae, image_size, say, random_flip=random_flip)
-        if class_cond:
-            check_classes(shards, data_dir)
-        if not vae.sample_posterior and shards.posterior != "mean":
-            what = "the rows are draws" if shards.posterior else "it does not say whether the rows are draws"
-            say(f"warning: --sample_posterior False changes nothing in {data_dir}: {what} of the posterior, as stored")
-        options |= {"labels": np.asarray(shards.labels) if class_balance else None}
-        stream = BatchStream(shards, batch_size, **options)
-        return LatentStream(stream, vae, class_cond=class_cond, found=shards, say=say)
-    folder = list_images(data_dir)
-    if class_cond:
-        check_classes(folder, data_dir)
-    elif set(folder.class_names) <= set(PARTS):
-        say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
-    vae.latent_shape(image_size)  # complains here, in one line, about a size that the autoencoder cannot halve
+    folder = find_data(data_dir, image_size, vae, class_cond=class_cond, random_flip=random_flip, say=say)
+    if isinstance(folder, LatentShards):
+        options |= {"labels": np.asarray(folder.labels) if class_balance else None}
+        stream = BatchStream(folder, batch_size, **options)
+        return LatentStream(stream, vae, class_cond=class_cond, found=folder, say=say)
     if skip_bad_images:
         folder = drop_bad_images(folder, say)
     say(dist_util.rank0_first(lambda: describe(folder, data_dir, image_size)))
@@ -253,6 +241,38 @@ def load_data_with_vae(
         **options,
     )
     return LatentStream(images, vae, class_cond=class_cond, found=folder, say=say)
+
+
+def find_data(
+    data_dir, image_size, vae, *, class_cond: bool, random_flip=False, say=print
+) -> ImageFolder | LatentShards:
+    """The images, or the extracted latents, of a run, with all checks that need no image to be read.
+
+    Raises:
+        UserError: see `list_images`; latents of another autoencoder; users to condition on, but fewer than two.
+    """
+    files = find_shards(data_dir)
+    if files:
+        shards = open_latents(files, data_dir, vae, image_size, say, random_flip=random_flip)
+        if class_cond:
+            check_classes(shards, data_dir)
+        if not vae.sample_posterior and shards.posterior != "mean":
+            what = "the rows are draws" if shards.posterior else "it does not say whether the rows are draws"
+            say(f"warning: --sample_posterior False changes nothing in {data_dir}: {what} of the posterior, as stored")
+        return shards
+    folder = list_images(data_dir)
+    if class_cond:
+        check_classes(folder, data_dir)
+    else:
+        warn_of_parts(folder, data_dir, say)
+    vae.latent_shape(image_size)  # complains here, in one line, about a size that the autoencoder cannot halve
+    return folder
+
+
+def warn_of_parts(folder: ImageFolder, data_dir, say) -> None:
+    """Say so if the classes of a folder are train, val and test."""
+    if set(folder.class_names) <= set(PARTS):
+        say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
 
 
 class LatentStream(Iterator):
@@ -393,22 +413,56 @@ def load_heldout(
         UserError: see `load_data_with_vae`; a class that the run does not know.
     """
     with speaking_of("--val_dir"):
-        files = find_shards(data_dir, "val")
-        if files:
-            dataset = found = open_latents(files, data_dir, vae, image_size, lambda line: say(f"held out: {line}"))
-        else:
-            found = list_images(data_dir)
-            vae.latent_shape(image_size)
-            if skip_bad_images:
-                found = drop_bad_images(found, say)
+        found = find_heldout(data_dir, image_size, vae, say)
+        if isinstance(found, ImageFolder):
+            found = drop_bad_images(found, say) if skip_bad_images else found
             say(f"held out: {dist_util.rank0_first(lambda: describe(found, data_dir, image_size))}")
-            dataset = ImageDataset(image_size, found.paths, classes=found.labels, random_flip=False)
         labels = labels_in(class_names, found, data_dir) if class_cond else None
-        if isinstance(dataset, ImageDataset) and cache_latents and not vae.is_pixel:
+        if isinstance(found, LatentShards):
+            return HeldOut(found, labels, vae)
+        dataset = ImageDataset(image_size, found.paths, classes=found.labels, random_flip=False)
+        if cache_latents and not vae.is_pixel:
             cache = str(Path(latent_cache) / "heldout") if latent_cache else ""  # beside that of the training images
-            assert isinstance(found, ImageFolder)
             dataset = cached_moments(dataset, found, vae, Path(data_dir), cache, say)
         return HeldOut(dataset, labels, vae)
+
+
+def find_heldout(data_dir, image_size, vae, say=print) -> ImageFolder | LatentShards:
+    """As `find_data`, of held-out data.
+
+    Raises:
+        UserError: see `list_images`; latents of another autoencoder.
+    """
+    files = find_shards(data_dir, "val")
+    if files:
+        return open_latents(files, data_dir, vae, image_size, lambda line: say(f"held out: {line}"))
+    vae.latent_shape(image_size)
+    return list_images(data_dir)
+
+
+def rehearse_data(
+    data_dir, val_dir, image_size, vae, *, class_cond: bool, random_flip=False, flag="--val_dir", say=print_comment
+) -> None:
+    """What a dry run says of its data, and refuses as the run would. Not collective; without a data_dir, nothing.
+
+    Args:
+        flag: what names the held-out data.
+    Raises:
+        UserError: see `find_data` and `find_heldout`; held-out data of a class that the training does not know.
+    """
+    if not data_dir:
+        return
+    found = find_data(data_dir, image_size, vae, class_cond=class_cond, random_flip=random_flip, say=say)
+    if isinstance(found, ImageFolder):
+        say(describe(found, data_dir, image_size))
+    if not val_dir:
+        return
+    with speaking_of(flag):
+        heldout = find_heldout(val_dir, image_size, vae, say)
+        if isinstance(heldout, ImageFolder):
+            say(f"held out: {describe(heldout, val_dir, image_size)}")
+        if class_cond:
+            labels_in(found.class_names, heldout, val_dir)
 
 
 def labels_in(class_names: list[str], found: ImageFolder | LatentShards, data_dir) -> np.ndarray:

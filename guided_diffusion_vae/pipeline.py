@@ -110,7 +110,7 @@ def _sha(value) -> str:
 
 def estimate(command: list[str], run: Run) -> None:
     """Print what training will need, before there are data."""
-    command = [*command, "--dry_run", "True"]
+    command = [*command, "--dry_run", "True", "--data_dir", ""]
     if run.latent_norm:  # by statistics that are not there yet, and do not matter here
         command += ["--latent_norm", "False", "--scale_factor", "1"]
     code = subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": str(run.processes)}).returncode

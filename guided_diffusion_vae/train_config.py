@@ -26,7 +26,7 @@ class TrainConfig:
     fp16_scale_growth: float = 1e-3  # growth of the loss scale's exponent a step
     max_steps: int = 0  # stop after so many steps; 0 = when lr_anneal_steps or max_epochs says so, or never
     max_epochs: int = 0  # stop after so many passes over the data; 0 = no limit
-    sample_interval: int = 0  # steps between sample grids; 0 = none
+    sample_interval: int = 0  # steps between pictures of samples in previews/; 0 = none
     keep_last: int = 0  # how many checkpoints to keep; 0 = all
     keep_every: int = 0  # steps between checkpoints that stay beside those; 0 = none
     max_hours: float = 0.0  # save and stop in time to stay below so many hours; 0 = no limit

@@ -188,12 +188,6 @@ class KLTask(nn.Module):
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.startswith(frozen)}
 
-    @th.no_grad()
-    def sample(self, n: int, image_size: int, generator: th.Generator) -> th.Tensor:
-        """n images of z from N(0, I): noise unless the KL term was strong; a diffusion model gives better z."""
-        z = th.randn((n, *self.latent_shape(image_size)), generator=generator)
-        return self.model.decode(z.to(next(self.model.parameters()).device))
-
 
 class DecoderTask(KLTask):
     """The same objective for the decoder alone, on encoded latents and on those moved to generated ones' statistics.

@@ -29,7 +29,7 @@ from .vae_wrapper import save_autoencoder
 
 PLACES = "out_dir", "ckpt", "generated_latents"  # settings that a published file keeps to itself
 TRANSPORT_IMAGES = 1024  # images whose latents are compared with generated ones
-GRID = 32  # images in recon_grid.png and samples_grid.png
+GRID = 32  # images in recon_grid.png, and in a plain VAE's samples_grid.png
 VALIDATION = 256  # images that an epoch is judged by
 
 
@@ -120,7 +120,7 @@ class VAETrainer:
         self.model = task.model
         self.params = task.trainable()
         judge = list(task.discriminator.parameters()) if task.discriminator else []
-        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "foreach": True}
+        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
         self.opt = AdamW(self.params, **settings)
         self.judge, self.judge_opt = judge, AdamW(judge, **settings) if judge else None
         self.ema = [p.detach().clone() for p in self._learning().values()]
@@ -294,11 +294,13 @@ class VAETrainer:
             recon = th.cat([self.task.reconstruct(part.to(self.device)).cpu() for part in images.split(GRID)])
             mse = ((recon.clamp(-1, 1) - images) ** 2).flatten(1).mean(1)
             psnr = float((10 * th.log10(4 / mse)).mean())
-            logger.log(f"epoch {self.epoch}: PSNR {psnr:.2f} dB on {len(images)} validation images")
+            shown = "recon_grid.png: pairs of a real one and, right of it, what comes back"
+            logger.log(f"epoch {self.epoch}: PSNR {psnr:.2f} dB on {len(images)} validation images ({shown})")
             pairs = th.stack([images[:GRID], recon[:GRID]], dim=1).flatten(0, 1)
-            show_grid(self.folder / "recon_grid.png", pairs)
-        drawn = self.task.sample(GRID, self.image_size, th.Generator().manual_seed(self.config.seed))
-        show_grid(self.folder / "samples_grid.png", drawn.cpu())
+            show_grid(self.folder / "recon_grid.png", pairs, ("real", "back"))
+        if not isinstance(self.model, KLAutoencoder):  # whose z are far from N(0, I): noise would come out
+            drawn = self.task.sample(GRID, self.image_size, th.Generator().manual_seed(self.config.seed))
+            show_grid(self.folder / "samples_grid.png", drawn.cpu())
 
     def averaged(self) -> dict[str, th.Tensor]:
         """The model's state_dict with the moving average of the weights (the weights themselves without one)."""
@@ -337,6 +339,7 @@ class VAETrainer:
         logger.log(f"wrote {path} (step {self.step}, {shown})")
 
 
-def show_grid(path: Path, images: th.Tensor, columns: int = 8) -> None:
-    """Write images (N, 1 or 3, H, W) in [-1, 1] as one PNG."""
-    save_grid(path, to_pixels(images.expand(-1, 3, -1, -1)), [""] * len(images), columns)
+def show_grid(path: Path, images: th.Tensor, captions: tuple[str, ...] = ("",), columns: int = 8) -> None:
+    """Write images (N, 1 or 3, H, W) in [-1, 1] as one PNG, the captions above them in turn."""
+    words = [captions[i % len(captions)] for i in range(len(images))]
+    save_grid(path, to_pixels(images.expand(-1, 3, -1, -1)), words, columns)

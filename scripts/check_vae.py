@@ -19,7 +19,7 @@ def main(argv=None):
     run = parse_run(create_argparser(CheckConfig, VAEConfig, VAEDataConfig, PlotConfig, description=__doc__), argv)
     print(run)
     if run.dry_run:
-        return
+        return run.section(VAEDataConfig).rehearse(seed=run.seed)
     vae = load_vae(run.section(VAEConfig), default_scale=1.0).to(dist_util.dev())
     check(vae, run.section(VAEDataConfig), run.section(CheckConfig), plot=run.plot)
 

@@ -20,7 +20,7 @@ from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.curves import draw_progress
 from guided_diffusion_vae.flow_matching import FlowConfig
 from guided_diffusion_vae.guides import load_guided
-from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, speaking_of
+from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, rehearse_data, speaking_of
 from guided_diffusion_vae.logger import LogConfig
 from guided_diffusion_vae.noised_classifier import (
     ClassifierLosses,
@@ -45,9 +45,9 @@ def main(argv=None):
     sections = (DataConfig, ClassifierTrainConfig, LogConfig, *KIND, PlotConfig)
     run = parse_run(create_argparser(*sections, description=__doc__), argv)
     config, flags = run.section(LatentClassifierConfig), run.section(ClassifierTrainConfig)
-    if dist_util.rank() == 0:
-        print(run)
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/classifier"
+    if dist_util.rank() == 0:
+        print(run if run.dry_run else f"{run}\n# all of them will be in {folder}/run.yaml")
     if not run.dry_run:
         dist_util.setup_dist()
         dist_util.rank0_first(lambda: refuse_used_folder(folder, run.resume_checkpoint))
@@ -58,7 +58,8 @@ def main(argv=None):
     sampler = create_named_schedule_sampler(run.schedule_sampler, process)
     refuse_impossible(config, vae)  # before any image is read
     if run.dry_run:
-        return
+        about = {"class_cond": True, "random_flip": run.random_flip, "flag": "--val_data_dir"}
+        return rehearse_data(run.data_dir, run.val_data_dir, run.image_size, vae, **about)
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
     logger.configure(dir=folder, log_format=run.log_format)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from guided_diffusion_vae import assembly, dist_util, logger
 from guided_diffusion_vae.assembly import SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
+from guided_diffusion_vae.config import print_comment
 from guided_diffusion_vae.estimate import duration
 from guided_diffusion_vae.generation import prepare, read_flags, rehearse
 from guided_diffusion_vae.guidance import GuidanceConfig
@@ -48,7 +49,7 @@ def main(argv=None):
     if run.dry_run:
         time_needed = rehearse(run, open_model(run, record))
         if dist_util.rank() == 0:
-            print(time_needed)
+            print_comment(time_needed)
         return
     folder, command = Path(results_folder(run, "samples")).expanduser(), shown_command(run)
     dist_util.rank0_first(lambda: refuse_other_samples(folder, command))

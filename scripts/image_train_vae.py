@@ -4,8 +4,8 @@
     mpiexec -n 2 python scripts/image_train_vae.py --config configs/dit_demo.yaml --data_dir LATENTS/train
 
 Also started by torchrun, srun, or plain python. Writes upstream's files (model*.pt, ema_*.pt, opt*.pt, log.txt,
-progress.csv), run.yaml and sample grids into --log_dir. `--resume_checkpoint auto` goes on after any interruption;
-`--dry_run True` tells memory and time.
+progress.csv), run.yaml and previews/ into --log_dir. `--resume_checkpoint auto` goes on after any interruption;
+`--dry_run True` looks at the data, tells memory and time, and stops.
 """
 
 import os
@@ -23,9 +23,9 @@ from guided_diffusion_vae.assembly import (
     ignored_settings,
     try_settings,
 )
-from guided_diffusion_vae.config import create_argparser, parse_run
+from guided_diffusion_vae.config import create_argparser, parse_run, print_comment
 from guided_diffusion_vae.curves import draw_progress
-from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout
+from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, rehearse_data
 from guided_diffusion_vae.logger import LogConfig
 from guided_diffusion_vae.plotting import PlotConfig
 from guided_diffusion_vae.resample import create_named_schedule_sampler
@@ -47,13 +47,15 @@ class OutputConfig:
 
 def main(argv=None):
     run = parse_run(create_argparser(*SECTIONS, OutputConfig, LogConfig, description=__doc__, elsewhere=SAMPLING), argv)
-    if dist_util.rank() == 0:
-        print(run)
     folder = run.log_dir or os.getenv("OPENAI_LOGDIR") or "runs/train"
+    if dist_util.rank() == 0:
+        print(run if run.dry_run else f"{run}\n# all of them will be in {folder}/run.yaml")
     if run.dry_run:
         vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir))
-        print("# " + str(estimate_run(run, vae)).replace("\n", "\n# "))
-        return
+        say = print_comment if dist_util.rank() == 0 else lambda line: None
+        about = {"class_cond": run.class_cond, "random_flip": run.random_flip, "say": say}
+        rehearse_data(run.data_dir, run.val_dir, run.image_size, vae, **about)
+        return say(str(estimate_run(run, vae)))
     dist_util.setup_dist()
     dist_util.rank0_first(lambda: refuse_used_folder(folder, run.resume_checkpoint))
     dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, (*NETWORK_SECTIONS, VAEConfig)))

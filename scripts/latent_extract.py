@@ -12,7 +12,7 @@ from pathlib import Path
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import create_argparser, parse_run
-from guided_diffusion_vae.data.latent_extract import ExtractConfig, extract_latents
+from guided_diffusion_vae.data.latent_extract import ExtractConfig, extract_latents, rehearse_extraction
 from guided_diffusion_vae.pictures import draw_extracted, hand_on_axes
 from guided_diffusion_vae.plotting import PlotConfig, or_said
 from guided_diffusion_vae.vae_wrapper import VAEConfig, load_vae
@@ -23,7 +23,7 @@ def main(argv=None):
     if dist_util.rank() == 0:
         print(run)
     if run.dry_run:
-        return
+        return rehearse_extraction(run.section(ExtractConfig))
     dist_util.setup_dist()
     raw = replace(run.section(VAEConfig), latent_norm=False)  # raw latents are what its numbers are measured on
     vae = load_vae(raw, default_scale=1.0).to(dist_util.dev())

@@ -25,9 +25,9 @@ def main(argv=None):
     known = {name: trained[name] for name in ("dataset", "image_size", "seed") if name in trained}
     run = parse_run(parser, argv, base={"split": "test", "report_dir": str(Path(ckpt).parent / "test"), **known})
     print(run)
-    if run.dry_run:
-        return
     data = run.section(VAEDataConfig)
+    if run.dry_run:
+        return data.rehearse(seed=run.seed)
     if plain:
         images = getattr(data.parts(plain.channels, seed=run.seed), run.split)
         measure_plain(plain, images, run.report_dir, seed=run.seed)

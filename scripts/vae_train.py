@@ -3,8 +3,10 @@
     python scripts/vae_train.py --config configs/vae_microdoppler_f4.yaml --data_root DATA
     python scripts/vae_train.py --dataset mnist --model mnist --data_root MNIST --image_size 28 --latent_dim 8
 
-Also started by mpiexec, torchrun, srun. Writes last.pt, epoch_XXXX.pt, recon_grid.png, samples_grid.png, the log, and
-for a KL autoencoder NAME.safetensors, which every --vae_path takes. The same command goes on where it was interrupted.
+Also started by mpiexec, torchrun, srun. Writes last.pt, epoch_XXXX.pt, the log and recon_grid.png (pairs of a real
+image and what comes back); for a KL autoencoder NAME.safetensors, which every --vae_path takes; for a plain VAE
+samples_grid.png, what it draws (a KL autoencoder would draw noise: its latents are for a diffusion model to draw). The
+same command goes on where it was interrupted; `--dry_run True` looks at the data and stops.
 """
 
 from functools import partial
@@ -29,9 +31,9 @@ def main(argv=None):
     run = parse_run(parser, argv, translate=lambda loaded: settings_from_ldm(loaded) if is_ldm(loaded) else loaded)
     if dist_util.rank() == 0:
         print(run)
-    if run.dry_run:
-        return
     data, model = run.section(VAEDataConfig), run.section(VAEModelConfig)
+    if run.dry_run:
+        return data.rehearse(seed=run.seed)
     folder = run.out_dir or default_folder(data, model)
     dist_util.setup_dist()
     logger.configure(dir=folder, log_format=run.log_format)

@@ -92,9 +92,28 @@ def test_help_shows_the_comment_and_the_default():
 
 
 def test_the_printed_run_is_a_recipe(tmp_path):
-    run = parse("--steps", "7", "--flip", "True", "--name", "é: #1")
+    run = parse("--steps", "7", "--flip", "True", "--name", "é: #1", "--dry_run", "True")
     again = parse("--config", recipe(tmp_path, str(run)))
     assert again.as_dict() == run.as_dict() == yaml.safe_load(str(run))
+
+
+def test_the_brief_form_is_the_same_run(tmp_path):
+    """Only what was given or is not the default, under its section's name; as a recipe it gives every setting again."""
+    run = parse("--flip", "False", "--name", "x", base={"steps": 9, "lr": Toy.lr})
+    assert str(run).splitlines() == [
+        *("# Toy", "steps: 9", "flip: false", "name: x"),
+        "# the other 2 settings have their defaults: --dry_run True prints all",
+    ]
+    assert parse("--config", recipe(tmp_path, str(run))).as_dict() == run.as_dict()
+    assert [line for line in str(parse("--width", "3")).splitlines()[:-1]] == ["# Other", "width: 3"]
+
+
+def test_help_opens_with_its_usage_in_one_line():
+    parser = config.create_argparser(Toy, description="What it does.")
+    parser.prog = "toy.py"
+    assert parser.format_help().startswith("usage: toy.py [--FLAG VALUE ...]\n\nWhat it does.\n")
+    parser.add_argument("ref", metavar="REF")
+    assert parser.format_help().startswith("usage: toy.py REF [--FLAG VALUE ...]\n\n")
 
 
 def test_upstream_helpers():
@@ -121,8 +140,22 @@ def test_scripts_leave_with_2_and_one_line(script, flags, words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.parametrize(
+    "script, flag",
+    [
+        *[(name, "data_dir") for name in ("image_train_vae.py", "classifier_train_vae.py", "latent_extract.py")],
+        *[(name, "data_root") for name in ("vae_train.py", "check_vae.py")],
+    ],
+)
+def test_a_dry_run_misses_its_data_as_the_run_would(script, flag, tmp_path):
+    words = ["--dry_run", "True", f"--{flag}", str(tmp_path / "nowhere")]
+    done = subprocess.run([sys.executable, f"scripts/{script}", *words], capture_output=True, text=True)
+    expected = f"error: --{flag} {tmp_path}/nowhere does not exist; give a folder\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 def test_dry_run_prints_the_resolved_run_and_stops(tmp_path):
-    flags = ["--dry_run", "True", "--lr", "0.5", "--data_dir", "nowhere"]
+    flags = ["--dry_run", "True", "--lr", "0.5"]
     done = subprocess.run([sys.executable, "scripts/image_train_vae.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)

@@ -209,6 +209,31 @@ def test_what_was_found_is_said(folder):
     assert said[0] == "12 images of 3 classes: user_00 (4), user_01 (4), user_02 (4); no images in user_09"
 
 
+def test_a_dry_run_refuses_what_the_run_would_and_reads_no_image(folder, tmp_path_factory):
+    """Its words are those of the run; damaged images are for the run to find."""
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    elsewhere, said = tmp_path_factory.mktemp("elsewhere"), []
+    for user in ("user_01", "user_02"):
+        shutil.copytree(folder / user, elsewhere / user)
+    how = {"image_size": 32, "vae": VAEInterface(), "class_cond": True, "flag": "--judge", "say": said.append}
+    data.rehearse_data(folder, elsewhere, **how)
+    found = ["12 images of 3 classes: user_00 (4), user_01 (4), user_02 (4)"]
+    assert said == [*found, "held out: 8 images of 2 classes: user_01 (4), user_02 (4)"]
+    (elsewhere / "user_02").rename(elsewhere / "user_07")
+    for places, change, words in [
+        (("nowhere", ""), {}, "--data_dir nowhere does not exist"),
+        ((folder, "nowhere"), {}, "--judge nowhere does not exist"),
+        ((folder, elsewhere), {}, "--judge .* holds the class user_07, which the training run does not know"),
+        ((folder, ""), {"image_size": 33}, "33"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            data.rehearse_data(*places, **{**how, **change})
+    said.clear()
+    data.rehearse_data("", "nowhere", **how)
+    assert not said
+
+
 def test_an_image_that_breaks_in_a_worker_is_one_line(folder):
     bad = folder / "user_01" / "2.png"
     bad.write_bytes(bad.read_bytes()[:200])

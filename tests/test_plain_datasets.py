@@ -13,7 +13,7 @@ from PIL import Image
 from guided_diffusion_vae.config import UserError
 from guided_diffusion_vae.data.plain_datasets import read_idx, seeded_split
 from guided_diffusion_vae.data.stream import BatchStream
-from guided_diffusion_vae.data.vae_data import DATASETS
+from guided_diffusion_vae.data.vae_data import DATASETS, VAEDataConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -276,6 +276,27 @@ def test_a_folder_without_parts_is_split_by_the_seed_and_a_class_may_be_called_t
     dataset = DATASETS["image_dir"](tmp_path, 8, 0)
     assert dataset.class_names == ["bus", "train"]
     assert [len(part) for part in dataset.split(seed=0)] == [8, 1, 1]
+
+
+def test_what_was_found_is_said(tmp_path):
+    """Of a single user, too, for then names count; and which parts were drawn."""
+    for number in range(20):
+        save(tmp_path / "user_07" / f"walk{number % 2}_{number:02d}.png", np.zeros((8, 8, 3)))
+    said = []
+    VAEDataConfig(data_root=str(tmp_path)).rehearse(seed=0, say=said.append)
+    split = "16 train, 2 val, 2 test (val and test drawn from train by --seed)"
+    assert said == [f"20 images of 2 classes: walk0 (10), walk1 (10); {split}"]
+    for number in range(20):
+        (tmp_path / "user_07" / f"walk{number % 2}_{number:02d}.png").rename(tmp_path / "user_07" / f"a_{number}.png")
+    parts = VAEDataConfig(data_root=str(tmp_path)).parts(3, seed=0, say=said.append)
+    assert said[1:] == [f"20 images of 1 class: a (20); {split}"] and len(parts.train) == 16
+    for part, count in {"train": 2, "test": 1}.items():
+        for number in range(count):
+            save(tmp_path / "own" / part / "user_00" / f"{number}.png", np.zeros((8, 8, 3)))
+    VAEDataConfig(data_root=str(tmp_path / "own")).rehearse(seed=0, say=said.append)
+    assert said[2].endswith("; 2 train, 0 val, 1 test (val drawn from train by --seed)")
+    VAEDataConfig().rehearse(seed=0, say=said.append)
+    assert len(said) == 3
 
 
 def test_a_missing_folder_names_the_flag(tmp_path):

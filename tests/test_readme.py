@@ -26,7 +26,7 @@ SMALLER = {
     "posthoc_ema.py": "",
     "image_nll_vae.py": "--num_samples 2 --batch_size 2 --timestep_respacing 4",
     "import_radar.py": "",
-    "check_vae.py": "",
+    "check_vae.py": "--judge_epochs 0",  # who would need four training images of everybody
     "vae_train.py": "--max_steps 2 --batch_size 1",
     "vae_test.py": "",
     "vae_infer.py": "--n 2",
@@ -158,7 +158,10 @@ def test_a_recipe_opens_with_its_command(recipe):
     """The command in its first lines reads this recipe, without an unknown or unreadable setting."""
     found = commands("\n".join(recipe.read_text().splitlines()[:6]))
     ((name, flags),) = [(name, flags) for _, name, flags in found if f"configs/{recipe.name}" in flags]
-    printed = script(name, *flags, "--dry_run", "True").stdout
+    words = dict(zip(flags[::2], flags[1::2], strict=True))
+    if name != "run_pipeline.py":  # the others' dry runs look at the data, which are the reader's
+        words = {flag: word for flag, word in words.items() if flag not in ("--data_dir", "--data_root")}
+    printed = script(name, *(part for pair in words.items() for part in pair), "--dry_run", "True").stdout
     for key in read_yaml(recipe):
         assert re.search(rf"^{key}: ", printed, re.M), key
 

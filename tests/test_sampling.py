@@ -142,6 +142,11 @@ def test_a_dry_run_tells_the_time_and_writes_nothing(trained, tmp_path, flags, c
     assert said in done.stdout and not (tmp_path / "out").exists()
 
 
+def test_a_flag_of_two_names_may_be_cut_short(trained, tmp_path):
+    done = sample(trained, tmp_path, "--user", 7, "--num_samples", 1, "--num_steps", 2)
+    assert pngs(tmp_path) == {"png/user_07/micro_doppler_user07_001.png"}, done.stdout
+
+
 def test_a_rehearsal_counts_all_calls_and_computes_few():
     """Of each shape, for guidance may double some; the time that it spares is of the rest."""
     rehearsal = generation.Rehearsal(lambda x: x + 1)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch as th
 from helpers import draw_users, script
@@ -103,8 +104,20 @@ def test_what_is_published_is_the_average_and_fits_its_scale(images, tmp_path):
     assert all(th.equal(value, wanted[name]) for name, value in vae.vae.state_dict().items())
     moved = [not th.equal(value, wanted[name]) for name, value in done.model.state_dict().items()]
     assert any(moved)
+    assert not (tmp_path / "samples_grid.png").exists()  # noise: nobody draws its latents from N(0, I)
     x = th.stack([th.as_tensor(done.data.order[i]) for i in range(64)])
     assert vae.encode_batch(x).pow(2).mean().sqrt().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_pairs_are_a_real_image_and_what_comes_back(images, tmp_path):
+    done = trainer(images, tmp_path, max_steps=3)
+    done.run()
+    sheet = np.asarray(Image.open(tmp_path / "recon_grid.png"))
+    side, first = 16, done.val[0]
+    tiles = [sheet[16 : 16 + side, 4 + x : 4 + x + side] for x in (0, side + 4)]  # below their captions
+    real = ((first + 1) * 127.5).round().transpose(1, 2, 0)
+    assert np.abs(tiles[0] - real).max() <= 1 < np.abs(tiles[1] - real).mean()
+    assert sheet[4:16, : 2 * (side + 4)].min() < 100  # words
 
 
 def test_fine_tuning_starts_where_the_checkpoint_ends(images, tmp_path):
@@ -131,6 +144,7 @@ def test_a_plain_vae_learns_and_comes_back(images, tmp_path):
     before = float(done.update(next(done.data))["recon"])
     done.run()
     assert float(done.update(next(done.data))["recon"]) < 0.9 * before
+    assert (tmp_path / "samples_grid.png").is_file()
     again = create_task(model, ObjectiveConfig(), image_size=16, ckpt=str(tmp_path / "last.pt"))
     wanted = checkpoint.load(tmp_path / "last.pt")["model"]
     assert all(th.equal(value, wanted[name]) for name, value in again.model.state_dict().items())

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .. import checkpoint, dist_util
-from ..config import UserError, refuse_below
+from ..config import UserError, print_comment, refuse_below
 from ..folder_lock import hold, make_folder, release
-from ..image_datasets import PARTS, ImageDataset, describe, speaking_of
+from ..image_datasets import ImageDataset, describe, speaking_of, warn_of_parts
 from ..vae_wrapper import stats_file
 from .image_folder import ImageFolder, list_images, refuse
 from .latent_cache import cache_index, drop_bad_images
@@ -88,10 +88,26 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
         release(config.out_dir)
 
 
-def _extract_part(name: str, data_dir, config: ExtractConfig, vae, say) -> None:
+def rehearse_extraction(config: ExtractConfig, say=print_comment) -> None:
+    """What a dry run says of its data, and refuses as the extraction would; not collective.
+
+    Raises:
+        UserError: no such folders, or no images in them.
+    """
+    for flag, place in (("--data_dir", config.data_dir), ("--val_dir", config.val_dir)):
+        if place:
+            with speaking_of(flag):
+                say(describe(_find_part(place, say), place, config.image_size))
+
+
+def _find_part(data_dir, say) -> ImageFolder:
     folder = list_images(data_dir)
-    if set(folder.class_names) <= set(PARTS):
-        say(f"warning: --data_dir {data_dir} holds the parts {', '.join(folder.class_names)}: held-out images are in")
+    warn_of_parts(folder, data_dir, say)
+    return folder
+
+
+def _extract_part(name: str, data_dir, config: ExtractConfig, vae, say) -> None:
+    folder = _find_part(data_dir, say)
     if config.skip_bad_images:
         folder = drop_bad_images(folder, say)
     say(dist_util.rank0_first(lambda: describe(folder, data_dir, config.image_size)))

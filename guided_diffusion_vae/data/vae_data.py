@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..config import UserError, refuse_below
+from ..config import UserError, print_comment, refuse_below
+from ..image_datasets import who
 from .image_folder import image_from_pixels, read_rgb
 from .plain_datasets import PlainDataset, Split, celeba, image_dir, mnist
 
@@ -46,12 +47,27 @@ class VAEDataConfig:
         """Datasets (not indices) to train, validate and test on; what has no parts of its own is split by the seed."""
         datasets = self.load(say)
         splits = [dataset.split(seed) for dataset in datasets]
+        for dataset, split in zip(datasets, splits, strict=True):
+            say(describe_parts(dataset, split))
         parts = {}
         for name in Split._fields:
             crops = self.random_crop and name == "train"
             chosen = [Part(d, getattr(split, name), channels) for d, split in zip(datasets, splits, strict=True)]
             parts[name] = ConcatDataset([RandomCrops(part, self.image_size) if crops else part for part in chosen])
         return Split(**parts)
+
+    def rehearse(self, *, seed: int, say=print_comment) -> None:
+        """What a dry run says of its data, and refuses as the run would; without a data_root, nothing."""
+        for dataset in self.load(say) if self.data_root else []:
+            say(describe_parts(dataset, dataset.split(seed)))
+
+
+def describe_parts(dataset: PlainDataset, split: Split) -> str:
+    """One line on what was found: how many images of whom, and how many are in each part."""
+    counts = ", ".join(f"{len(part)} {name}" for name, part in zip(Split._fields, split, strict=True))
+    drawn = [name for name in Split._fields if name not in dataset.parts]
+    how = f" ({' and '.join(drawn)} drawn from train by --seed)" if drawn else ""
+    return f"{len(dataset)} images of {who(dataset)}; {counts}{how}"
 
 
 class Part(Dataset):
