@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import winograd
+from .linear import linear
 
 
 def innermost(x: th.Tensor) -> bool:
@@ -53,10 +54,11 @@ class _GroupNorm(th.autograd.Function):
     @staticmethod
     def forward(ctx, v, weight, bias, groups, eps):
         n, _, c = v.shape
-        mean, square = (_mean(sums, v, groups) for sums in (v.sum(1), (v * v).sum(1)))
-        inverse = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()  # (N, groups, 1)
+        moments = th.stack([v.mean(1), (v * v).mean(1)])
+        mean, square = moments.view(2, n, groups, -1).mean(3, keepdim=True)
+        inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()  # (N, groups, 1)
         a = weight.reshape(n, groups, -1) * inverse
-        b = bias.reshape(n, groups, -1) - mean * a
+        b = th.addcmul(bias.reshape(n, groups, -1), mean, a, value=-1)
         ctx.save_for_backward(v, a, mean, inverse)
         return th.addcmul(b.view(n, 1, c), v, a.view(n, 1, c))
 
@@ -95,7 +97,7 @@ class Conv2d(nn.Conv2d):
 
 def pointwise(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 1x1 convolution, of one or two dimensions, of x (N, C, H, W), channels innermost: a product of matrices."""
-    return as_image(F.linear(rows(x), conv.weight.flatten(1), conv.bias), x)
+    return as_image(linear(rows(x), conv.weight.flatten(1), conv.bias), x)
 
 
 def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:

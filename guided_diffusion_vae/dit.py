@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .config import UserError
+from .linear import Linear
 from .nn import SiLU, checkpoint, drop_labels, require_null_label, timestep_embedding
 
 TIME_FREQUENCIES = 256  # channels of the sinusoids of t
@@ -103,7 +104,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_size), SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
 
     def forward(self, t):
         first: Any = self.mlp[0]
@@ -130,9 +131,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, head_dim = num_heads, dim // num_heads
         norm = (RMSNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else nn.Identity
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm, self.k_norm = norm(head_dim), norm(head_dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, L, head_dim)
@@ -145,7 +146,7 @@ class Mlp(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -157,7 +158,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim, mlp_hidden):
         super().__init__()
         hidden = 2 * mlp_hidden // 3
-        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        self.w12, self.w3 = Linear(dim, 2 * hidden), Linear(hidden, dim)
 
     def forward(self, x):
         a, b = self.w12(x).chunk(2, dim=-1)
@@ -177,7 +178,7 @@ class LightningDiTBlock(nn.Module):
         self.norm1, self.norm2 = _norm_of(dim, use_rmsnorm), _norm_of(dim, use_rmsnorm)
         self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
         self.mlp = (SwiGLU if use_swiglu else Mlp)(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(SiLU(), nn.Linear(dim, (4 if wo_shift else 6) * dim))
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(dim, (4 if wo_shift else 6) * dim))
 
     def forward(self, x, c, rope):
         """x: (N, L, d), c: (N, d)."""
@@ -196,8 +197,8 @@ class FinalLayer(nn.Module):
     def __init__(self, dim, patch_channels, use_rmsnorm):
         super().__init__()
         self.norm_final = _norm_of(dim, use_rmsnorm)
-        self.linear = nn.Linear(dim, patch_channels)
-        self.adaLN_modulation = nn.Sequential(SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = Linear(dim, patch_channels)
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
