@@ -250,7 +250,7 @@ class Run:
         if self.dry_run:
             return in_yaml(self.as_dict())
         defaults, lines = self.defaults, []
-        told = {k: v for k, v in self.as_dict().items() if k in self.given or v != defaults[k]}
+        told = {k: v for k, v in self.as_dict().items() if k in self.given or v != defaults.get(k, v)}
         others = len(self._names) - len(told)
         for section in self._sections:
             own = {field.name: told.pop(field.name) for field in fields(section) if field.name in told}

@@ -342,7 +342,7 @@ def test_epochs_have_no_known_number_of_steps(one_teraflop):
     [(5, "5 s"), (130, "2.2 min"), (7200, "2 h"), (250e3, "69 h"), (864e3, "10 days"), (4e8, "4600 days")],
 )
 def test_durations(seconds, text):
-    assert module._duration(seconds) == text
+    assert module.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
