@@ -62,6 +62,7 @@ class Case:
     @cached_property
     def weights(self) -> dict[str, th.Tensor]:
         """Ours and the official code's, none of which are zero: a fresh network predicts nothing else."""
+        assert self.vae  # opened before, for that draws random numbers, too
         th.manual_seed(0)
         model = our_network(self)
         for param in model.parameters():

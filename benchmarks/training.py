@@ -11,8 +11,8 @@ from contextlib import closing
 import cases
 import contenders
 import rivals
+from apart import ApartTraining
 from contenders import OurTraining, deviation
-from ranks import RanksTraining
 from rivals import DiffusersTraining, OfficialTraining
 from timing import Settings, Way, compare
 
@@ -46,9 +46,9 @@ def against_official(case, settings: Settings) -> list[dict]:
     for label, flags in WAYS.items():
         if "ranks" in flags and dist_util.dev().type != "cpu":
             continue
-        with closing(RanksTraining(case, **flags)) as ours:
+        with closing(ApartTraining(case, **flags)) as ours:
             off = deviations(ours.gradient(), seeded if "seed" in flags else reference)
-            sides = Way(label, ours.step), Way("official", rival.step)
+            sides = Way(label, ours.run), Way("official", rival.step)
             pairs.append(compare(case.name, *sides, "steps/s", settings, deviation=off, **case.about()))
     return pairs
 
@@ -61,6 +61,6 @@ def deviations(found, reference) -> dict[str, float]:
 def against_diffusers(case, model, name: str, settings: Settings) -> dict:
     """Our loop against a network of diffusers."""
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), model)
-    with closing(RanksTraining(case)) as ours:
-        sides = Way("ours", ours.step), Way(name, DiffusersTraining(case, model).step)
+    with closing(ApartTraining(case)) as ours:
+        sides = Way("ours", ours.run), Way(name, DiffusersTraining(case, model).step)
         return compare(case.name, *sides, "steps/s", settings, **about)

@@ -1,0 +1,120 @@
+"""Our training loop and our samplers in processes of their own, driven from another one, as scripts run them.
+
+There they have the settings of our scripts for the whole process, which rivals must not profit from. A training may be
+shared by several processes, as `mpiexec -n N` starts them: they share the threads, together see the batch of the case,
+and average their gradients, so a step of theirs is one of the case's. The official code cannot do that on a CPU:
+without CUDA it leaves gradients as they are, and says so.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import contenders
+import torch as th
+from contenders import Case, OurTraining, scratch
+
+from guided_diffusion_vae import dist_util
+
+
+class Apart:
+    """Something of ours that is done again and again in processes of its own; `close` ends them."""
+
+    def __init__(self, case: Case, work: dict, ranks: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(max(1, th.get_num_threads() // ranks))}
+        words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, **work})]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self.processes = [subprocess.Popen(words, env=environment, **pipes) for environment in each]
+        self._hear()
+
+    def run(self) -> None:
+        """Do it once."""
+        self._ask("")
+
+    def results(self) -> list:
+        """Of each process what it says of its work."""
+        with scratch() as folder:
+            self._ask(str(folder))
+            return [th.load(folder / f"{rank}.pt") for rank in range(len(self.processes))]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.communicate()
+
+    def _ask(self, word: str) -> None:
+        for process in self.processes:
+            process.stdin.write(f"{word}\n")
+            process.stdin.flush()
+        self._hear()
+
+    def _hear(self) -> None:
+        for process in self.processes:
+            if process.stdout.readline() != "done\n":
+                raise RuntimeError(f"a process of the training ended with code {process.wait()}")
+
+
+class ApartTraining(Apart):
+    """The training loop of a case.
+
+    Args:
+        flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
+    """
+
+    def __init__(self, case: Case, ranks: int = 1, **flags):
+        super().__init__(case, {"flags": flags}, ranks)
+
+    def gradient(self) -> tuple[th.Tensor, th.Tensor]:
+        """See `contenders.loss_and_gradient`; of the whole batch."""
+        parts = self.results()
+        return th.cat([losses for losses, _ in parts]), parts[0][1]
+
+
+class ApartSampler(Apart):
+    """See `contenders.our_sampler`; `results` are the samples."""
+
+    def __init__(self, case: Case, steps: int, **flags):
+        super().__init__(case, {"steps": steps, "flags": flags}, ranks=1)
+
+
+def serve(about: dict) -> None:
+    """One of the processes: works once for each empty line of stdin; a line that names a folder wants results there."""
+    done, sys.stdout = sys.stdout, sys.stderr
+    dist_util.keep_freed_memory()
+    contenders.start()
+    case, rank = Case("", about["batch"], about["case"]), dist_util.rank()
+    with scratch() as place:
+        if "steps" in about:
+            work = results = contenders.our_sampler(case, about["steps"], place, **about["flags"])
+        else:
+            loop = share_of(case, about["flags"])
+            work, results = loop.step, loop.gradient
+        print("done", file=done, flush=True)
+        for line in sys.stdin:
+            if folder := line.strip():
+                th.save(results(), Path(folder, f"{rank}.pt"))
+            else:
+                work()
+            print("done", file=done, flush=True)
+
+
+def share_of(case: Case, flags: dict) -> OurTraining:
+    """This process's share of a training."""
+    size = case.batch // dist_util.world_size()
+    mine, (batch, cond) = slice(dist_util.rank() * size, (dist_util.rank() + 1) * size), case.data()
+    loop = OurTraining(replace(case, batch=size), weights=case.weights, **flags)
+    loop.batch = batch[mine], {name: value[mine] for name, value in cond.items()}
+    return loop
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
