@@ -60,7 +60,9 @@ class Apart:
     def _hear(self) -> None:
         for process in self.processes:
             if process.stdout.readline() != "done\n":
-                raise RuntimeError(f"a process of the training ended with code {process.wait()}")
+                for each in self.processes:
+                    each.kill()
+                raise RuntimeError(f"a process of the benchmark ended with code {process.wait()}")
 
 
 class ApartTraining(Apart):

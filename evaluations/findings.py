@@ -94,9 +94,9 @@ class Finding:
         low, high = self._reach(place)
         if low < NEARER_WORST and high >= AS_REAL:
             return UNDECIDED
-        if place >= AS_REAL:
+        if place >= AS_REAL and low >= NEARER_REAL:
             return AS_REAL_WORDS
-        if place < NEARER_WORST:
+        if place < NEARER_WORST and high < NEARER_REAL:
             return NO_BETTER
         if high >= AS_REAL:
             return NOT_TOLD_FROM_REAL

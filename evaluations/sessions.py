@@ -31,14 +31,17 @@ def recordings_of(known: ImageSet, new: ImageSet, names: dict[str, list[str]] | 
     names = names or {key: files for key, s in (("known", known), ("new", new)) if (files := s.files) is not None}
     if len(names) < 2:
         return Recordings(False, [])
-    found = {}
+    found, silent = {}, 0
     for key, images in (("known", known), ("new", new)):
         users = [""] * len(images.pixels) if images.labels is None else [images.class_names[i] for i in images.labels]
         pairs = zip(users, names[key], strict=True)
-        found[key] = {(user, told) for user, name in pairs if (told := recording_of(name, user))}
+        told = [(user, recording_of(name, user)) for user, name in pairs]
+        found[key] = {(user, recording) for user, recording in told if recording}
+        silent += sum(recording is None for _, recording in told)
     if len({recording for _, recording in found["known"] | found["new"]}) == 1:  # in every name: it tells nothing
         return Recordings(False, [])
-    return Recordings(bool(found["known"] and found["new"]), sorted(found["known"] & found["new"]))
+    both = sorted(found["known"] & found["new"])
+    return Recordings(bool(both) or not silent, both)  # one silent name may be of any recording
 
 
 def recording_of(name: str, user: str) -> str | None:

@@ -148,7 +148,7 @@ def _verdict(group: str, answers: dict[str, Finding], sections: list[Section]) -
 
 
 def _physics(sections: list[Section]) -> tuple[int, int] | None:
-    """How many quantities are as in real images, or not told from them, of how many; None where none is judged."""
+    """How many quantities are as in real images, as far as is told, of how many; None where none is judged."""
     section = next((section for section in sections if section.title == PHYSICS), None)
     judged = [finding for finding in section.findings if finding.place is not None] if section else []
     as_real = sum(f.verdict.startswith((AS_REAL_WORDS, NOT_TOLD_FROM_REAL)) for f in judged)
@@ -161,7 +161,7 @@ def _by_share(as_real: int, judged: int) -> str:
 
 
 def _in_words(as_real: int, judged: int) -> str:
-    return f"{as_real} of {judged} measured quantities are as in real images"
+    return f"{as_real} of {judged} measured quantities are as in real images or not told from them"
 
 
 def _trust(sections: list[Section]) -> list[list[str]]:
@@ -173,7 +173,7 @@ def _trust(sections: list[Section]) -> list[list[str]]:
     worst = max(twins, key=lambda f: f.value or 0)
     recordings = leaks.data.get("recordings", {})
     if worst.worst is not None and (worst.value or 0) >= worst.worst:
-        return [[TRUST, "no", f"{worst.shown(worst.value)} of the held-out images are training images: {worst.name}"]]
+        return [[TRUST, "no", f"held-out images are training images: {worst.name}, {worst.shown(worst.value)}"]]
     alike = "no held-out image is a training image" if not worst.value else f"{worst.name}: {worst.shown(worst.value)}"
     if recordings.get("in_both"):
         count = recordings["in_both"]

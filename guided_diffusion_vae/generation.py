@@ -117,7 +117,10 @@ class Rehearsal:
 
 
 def rehearse(run: Run, opened: Trained) -> str:
-    """Collective: call on every process. How long sampling would take, by its first batch with a `Rehearsal`."""
+    """Collective: call on every process. How long sampling would take, by its first batch with a `Rehearsal`.
+
+    The network alone is rehearsed: what guides it, a weaker one or a classifier, is computed at every step.
+    """
     opened.model.forward = rehearsal = Rehearsal(opened.model.forward)
     ready = prepare(run.replace(compile=False), opened)
     begin = time.perf_counter()
@@ -128,5 +131,5 @@ def rehearse(run: Run, opened: Trained) -> str:
     least = "at least" if run.sampler == "dopri5" else "about"  # which takes as many steps as the answers ask for
     return (
         f"time: {count} images in batches of {min(count, at_once)}, for each {least} {calls} evaluations of the"
-        f" network: {least} {duration(batches * seconds)}, timed on this machine"
+        f" network: {least} {duration(batches * seconds)}, timed on this machine{' without --compile' * run.compile}"
     )

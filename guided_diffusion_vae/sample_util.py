@@ -27,6 +27,7 @@ from .latent_transport import save_latents
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
 PICTURES = "grid.png", "grid_axes.png", "denoising.png"  # of all samples of a folder
+OF_SAMPLES = "png", "grids", *PICTURES, "manifest.csv"  # what tells of a folder's samples, beside the .npz
 IN_MANIFEST = "file", "row", "user", "label"  # its first columns
 
 
@@ -305,19 +306,20 @@ def read_manifest(folder: Path) -> list[dict]:
     return []
 
 
-def refuse_other_samples(folder: Path, command: str) -> None:
-    """Raise if a folder holds the samples of another command; those of the same one are replaced by their like.
+def refuse_other_samples(folder: Path, command: str, model: str) -> None:
+    """Raise if a folder holds the samples of another command or model; those of the same ones are replaced.
 
     Args:
-        command: what the column of that name in the manifest will say.
+        command, model: what the columns `command` and `model_sha256` of the manifest will say.
     Raises:
         UserError: names the folder, the other command and the remedy.
     """
     for row in read_manifest(folder)[:1]:
-        if (other := row.get("command", "not recorded")) != command:
+        if (row.get("command"), row.get("model_sha256")) != (command, model):
+            whose = f"the command with {row['command']}" if row.get("command") else "an unknown command"
+            whose += f" and model {Path(row.get('model_path') or '?').name}"
             raise UserError(
-                f"--log_dir {folder} holds the samples of another command ({other}): give another --log_dir, or remove"
-                " that folder"
+                f"--log_dir {folder} holds the samples of {whose}: give another --log_dir, or remove that folder"
             )
 
 

@@ -37,7 +37,7 @@ class Stage:
         made: a file without which it is not done.
         whole: whether all else that it made is there.
         goes_on: a folder of checkpoints that it goes on from, which is right with the same inputs only.
-        clears: a folder and files in the script's own, which tell of an earlier run more than the next overwrites.
+        clears: folders and files in the script's own, which tell of an earlier run more than the next overwrites.
     """
 
     name: str

@@ -225,8 +225,11 @@ class TrainLoop:
                     logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
             group |= {"fused": True, "foreach": False}
-        for param, state in self.opt.state.items():  # upstream's file has them on the CPU
+        for param, state in self.opt.state.items():  # saved by a run on the CPU perhaps, or of another layout
             state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=param.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].stride() != param.stride():
+                    state[name] = th.empty_like(param.detach()).copy_(state[name])
 
     def _kept(self) -> Kept:
         averages = [*zip(self.ema_rate, self.ema_params, strict=True), *self.power.named()]

@@ -78,7 +78,7 @@ def newest(paths) -> Path | None:
 
 def how_to_sample(path) -> str:
     """A command for a first look at a model, as the last line of what made it."""
-    quick = "--num_samples 16 --sampler dpmpp_2m --num_steps 20"
+    quick = f"--num_samples 16 --sampler dpmpp_2m --num_steps 20 --log_dir {Path(path).parent / 'look'}"
     return f"done: python scripts/image_sample_vae.py --model_path {path} {quick} draws from it"
 
 

@@ -38,7 +38,7 @@ from guided_diffusion_vae.trained import open_model, results_folder
 
 RECORDED = ("seed", "per_image_seed", "network", "process", "sampler", "use_ddim", "num_steps", "spacing", "compile")
 RECORDED += ("timestep_respacing", *(field.name for field in fields(GuidanceConfig)), "model_path")
-SAME_IMAGES = {"log_dir", "save_png", "save_latents", "plot"}  # flags that change none
+SAME_IMAGES = {"model_path", "log_dir", "save_png", "save_latents", "plot"}  # flags that change none
 
 
 def main(argv=None):
@@ -52,7 +52,8 @@ def main(argv=None):
             print_comment(time_needed)
         return
     folder, command = Path(results_folder(run, "samples")).expanduser(), shown_command(run)
-    dist_util.rank0_first(lambda: refuse_other_samples(folder, command))
+    model = dist_util.rank0_first(lambda: digest(run.model_path))
+    dist_util.rank0_first(lambda: refuse_other_samples(folder, command, model))
     logger.configure(dir=str(folder))
     if ignored := assembly.ignored_in_sampling(run):
         logger.warn(f"without effect: {', '.join(ignored)}")
@@ -85,7 +86,7 @@ def main(argv=None):
         save_grids(folder, everything, ready.class_names)
         about = {name: getattr(run, name) for name in RECORDED} | {"command": command}
         about |= assembly.walk_of(run.section(SamplerConfig), ready.process)
-        about |= {"model_sha256": digest(run.model_path), **digests(run), **ready.vae.fingerprints}
+        about |= {"model_sha256": model, **digests(run), **ready.vae.fingerprints}
         save_manifest(folder, files, everything, ready.class_names, about)
         if watched:
             axes = axes_of_run(run.model_path)
@@ -94,9 +95,8 @@ def main(argv=None):
 
 
 def shown_command(run) -> str:
-    """The flags that decide what is drawn, for the manifest."""
-    given = {name: getattr(run, name) for name in sorted(run.given - SAME_IMAGES)}
-    return shlex.join(words_of(given | {"model_path": Path(run.model_path).resolve()}))
+    """The flags that decide what is drawn, for the manifest, which names the model besides."""
+    return shlex.join(words_of({name: getattr(run, name) for name in sorted(run.given - SAME_IMAGES)})) or "defaults"
 
 
 if __name__ == "__main__":

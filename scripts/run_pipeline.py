@@ -17,6 +17,7 @@ from guided_diffusion_vae.data.latent_extract import ExtractConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.pipeline import PipelineConfig, average, digest, flags, judged_by, samples_file
 from guided_diffusion_vae.plotting import PlotConfig
+from guided_diffusion_vae.sample_util import OF_SAMPLES
 from guided_diffusion_vae.stages import Stage, python, run_stages, shown
 from guided_diffusion_vae.train_config import TrainConfig
 from guided_diffusion_vae.vae_wrapper import PIXEL, STATS, VAEConfig
@@ -76,7 +77,7 @@ def sampling(run) -> Stage:
         words = {"model_path": average(run), **own}
         return python("image_sample_vae.py", words, flags(run, *SAMPLING, PlotConfig), processes=run.processes)
 
-    about = {"made": lambda: samples_file(run), "clears": (folder / "png", folder / "manifest.csv")}
+    about = {"made": lambda: samples_file(run), "clears": tuple(folder / name for name in OF_SAMPLES)}
     record = Path(run.out_dir, "train", "run.yaml")  # which may name another decoder now
     reads = lambda: [digest(average(run)), digest(record), pipeline.digest_autoencoder(run.vae_path)]  # noqa: E731
     return Stage(name="sample", command=command, inputs=reads, **about)

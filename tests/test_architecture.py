@@ -13,8 +13,8 @@ FLOORS = [
         *("folder_lock", "quick_help", "machine_facts", "assets.diffusers_pipeline"),
     },
     {
-        *("winograd", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample", "flow_matching"),
-        *("guidance", "samplers", "denoiser", "score_matching"),
+        *("winograd", "linear", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample"),
+        *("flow_matching", "guidance", "samplers", "denoiser", "score_matching"),
     },
     {"fp16_util", "unet", "dit", "model_flags", "diffusers_unet", "diffusers_dit"},
     {

@@ -65,6 +65,14 @@ def test_a_verdict_claims_no_more_than_the_interval(interval, words):
     assert Finding(name="x", value=0.3, real=0.0, worst=1.0, interval=turned).verdict == words
 
 
+def test_nor_do_the_verdicts_at_the_ends():
+    ends = {"name": "x", "real": 1.0, "worst": 0.0}
+    assert Finding(value=0.95, interval=(0.6, 1.1), **ends).verdict == "as real images"
+    assert Finding(value=0.95, interval=(0.3, 1.1), **ends).verdict == "not distinguishable from real images"
+    assert Finding(value=0.05, interval=(-0.1, 0.4), **ends).verdict == "no better than the worst"
+    assert Finding(value=0.05, interval=(0.0, 0.85), **ends).verdict == "not distinguishable from the worst"
+
+
 def test_the_interval_of_a_distance_counts_in_ratios():
     """5.0 to 8.0 between 4 and 64 lies, in logarithms, at 0.92 to 0.75 of the way."""
     ends = {"value": 6.5, "real": 4.0, "worst": 64.0, "distance": True}

@@ -116,14 +116,12 @@ def test_samples_of_another_command_are_not_replaced(trained, tmp_path):
     flags, out = ["--num_steps", 2, "--users", 7, "--num_samples_per_user", 2], tmp_path / "out"
     sample(trained, out, *flags)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    other = tmp_path / trained.name
-    for path in (trained, trained.with_name("run.yaml")):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    other = trained.with_name("ema_0.9_000003.pt")
     for model, more in ((trained, ["--users", 1]), (trained, ["--seed", 1]), (other, [])):
         done = sample(model, out, *flags, *more, check=False)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert f"--log_dir {out} holds the samples of another command (--model_path {trained}" in done.stderr
-        assert "--users 7): give another --log_dir" in done.stderr
+        whose = "--num_samples_per_user 2 --num_steps 2 --users 7 and model model000003.pt"
+        assert f"--log_dir {out} holds the samples of the command with {whose}: give another" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
