@@ -263,11 +263,6 @@ def in_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def print_comment(line: str) -> None:
-    """Print beside a printed run, which stays a recipe."""
-    print("#", line.replace("\n", "\n# "))
-
-
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     """The values as YAML and JSON know them: words become a list."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

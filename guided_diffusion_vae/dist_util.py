@@ -267,6 +267,12 @@ def run_main(main) -> None:
     sys.exit(code)
 
 
+def print_comment(line: str) -> None:
+    """Print beside a printed run, which stays a recipe; the first process does."""
+    if rank() == 0:
+        print("#", line.replace("\n", "\n# "))
+
+
 def keep_freed_memory() -> None:
     """Let the process keep what tensors on a CPU leave for the next ones, where the C library is glibc.
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from . import dist_util
-from .config import UserError, print_comment
+from .config import UserError
 from .data.image_folder import ImageFolder, image_from_pixels, list_files, list_images, read_rgb
 from .data.latent_cache import MomentsDataset, cached_moments, drop_bad_images
 from .data.latent_shards import LatentShards, find_shards
@@ -217,10 +217,9 @@ def load_data_with_vae(
     Raises:
         UserError: see `list_images`; unreadable images; a cache, or latents, that another autoencoder made.
     """
-    if class_balance and not class_cond:
-        raise UserError("--class_balance True needs users to balance: give --class_cond True, or leave it out")
     options = {"seed": seed, "shuffle": not deterministic}
-    folder = find_data(data_dir, image_size, vae, class_cond=class_cond, random_flip=random_flip, say=say)
+    how = {"class_cond": class_cond, "class_balance": class_balance, "cache_latents": cache_latents}
+    folder = find_data(data_dir, image_size, vae, **how, random_flip=random_flip, say=say)
     if isinstance(folder, LatentShards):
         options |= {"labels": np.asarray(folder.labels) if class_balance else None}
         stream = BatchStream(folder, batch_size, **options)
@@ -230,8 +229,6 @@ def load_data_with_vae(
     say(dist_util.rank0_first(lambda: describe(folder, data_dir, image_size)))
     dataset = ImageDataset(image_size, folder.paths, classes=folder.labels, random_flip=random_flip)
     if cache_latents and not vae.is_pixel:
-        if random_flip:
-            raise UserError("--random_flip True needs --cache_latents False: cached latents cannot be mirrored")
         dataset = cached_moments(dataset, folder, vae, Path(data_dir), latent_cache, say)
     images = BatchStream(
         dataset,
@@ -244,13 +241,24 @@ def load_data_with_vae(
 
 
 def find_data(
-    data_dir, image_size, vae, *, class_cond: bool, random_flip=False, say=print
+    data_dir,
+    image_size,
+    vae,
+    *,
+    class_cond: bool,
+    class_balance=False,
+    random_flip=False,
+    cache_latents=False,
+    say=print,
 ) -> ImageFolder | LatentShards:
     """The images, or the extracted latents, of a run, with all checks that need no image to be read.
 
     Raises:
-        UserError: see `list_images`; latents of another autoencoder; users to condition on, but fewer than two.
+        UserError: see `list_images`; latents of another autoencoder; users to condition on, but fewer than two; flags
+            that exclude each other.
     """
+    if class_balance and not class_cond:
+        raise UserError("--class_balance True needs users to balance: give --class_cond True, or leave it out")
     files = find_shards(data_dir)
     if files:
         shards = open_latents(files, data_dir, vae, image_size, say, random_flip=random_flip)
@@ -266,6 +274,8 @@ def find_data(
     else:
         warn_of_parts(folder, data_dir, say)
     vae.latent_shape(image_size)  # complains here, in one line, about a size that the autoencoder cannot halve
+    if cache_latents and random_flip and not vae.is_pixel:
+        raise UserError("--random_flip True needs --cache_latents False: cached latents cannot be mirrored")
     return folder
 
 
@@ -441,18 +451,19 @@ def find_heldout(data_dir, image_size, vae, say=print) -> ImageFolder | LatentSh
 
 
 def rehearse_data(
-    data_dir, val_dir, image_size, vae, *, class_cond: bool, random_flip=False, flag="--val_dir", say=print_comment
+    data_dir, val_dir, image_size, vae, *, class_cond: bool, flag="--val_dir", say=dist_util.print_comment, **how
 ) -> None:
     """What a dry run says of its data, and refuses as the run would. Not collective; without a data_dir, nothing.
 
     Args:
         flag: what names the held-out data.
+        how: more of `find_data`'s.
     Raises:
         UserError: see `find_data` and `find_heldout`; held-out data of a class that the training does not know.
     """
     if not data_dir:
         return
-    found = find_data(data_dir, image_size, vae, class_cond=class_cond, random_flip=random_flip, say=say)
+    found = find_data(data_dir, image_size, vae, class_cond=class_cond, say=say, **how)
     if isinstance(found, ImageFolder):
         say(describe(found, data_dir, image_size))
     if not val_dir:

@@ -58,8 +58,8 @@ def main(argv=None):
     sampler = create_named_schedule_sampler(run.schedule_sampler, process)
     refuse_impossible(config, vae)  # before any image is read
     if run.dry_run:
-        about = {"class_cond": True, "random_flip": run.random_flip, "flag": "--val_data_dir"}
-        return rehearse_data(run.data_dir, run.val_data_dir, run.image_size, vae, **about)
+        about = {"random_flip": run.random_flip, "cache_latents": run.cache_latents, "flag": "--val_data_dir"}
+        return rehearse_data(run.data_dir, run.val_data_dir, run.image_size, vae, class_cond=True, **about)
     dist_util.rank0_first(lambda: run_record.refuse_other_autoencoder(run, folder, vae.fingerprint))
     logger.configure(dir=folder, log_format=run.log_format)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from guided_diffusion_vae import assembly, dist_util, logger
 from guided_diffusion_vae.assembly import SamplerConfig
 from guided_diffusion_vae.checkpoint import digest
-from guided_diffusion_vae.config import print_comment
 from guided_diffusion_vae.estimate import duration
 from guided_diffusion_vae.generation import prepare, read_flags, rehearse
 from guided_diffusion_vae.guidance import GuidanceConfig
@@ -47,10 +46,7 @@ def main(argv=None):
         print(run)
     dist_util.setup_dist()
     if run.dry_run:
-        time_needed = rehearse(run, open_model(run, record))
-        if dist_util.rank() == 0:
-            print_comment(time_needed)
-        return
+        return dist_util.print_comment(rehearse(run, open_model(run, record)))
     folder, command = Path(results_folder(run, "samples")).expanduser(), shown_command(run)
     model = dist_util.rank0_first(lambda: digest(run.model_path))
     dist_util.rank0_first(lambda: refuse_other_samples(folder, command, model))

@@ -23,7 +23,7 @@ from guided_diffusion_vae.assembly import (
     ignored_settings,
     try_settings,
 )
-from guided_diffusion_vae.config import create_argparser, parse_run, print_comment
+from guided_diffusion_vae.config import create_argparser, parse_run
 from guided_diffusion_vae.curves import draw_progress
 from guided_diffusion_vae.image_datasets import DataConfig, load_data_with_vae, load_heldout, rehearse_data
 from guided_diffusion_vae.logger import LogConfig
@@ -52,10 +52,9 @@ def main(argv=None):
         print(run if run.dry_run else f"{run}\n# all of them will be in {folder}/run.yaml")
     if run.dry_run:
         vae = load_vae(run.section(VAEConfig), latent_stats=stats_file(run.data_dir))
-        say = print_comment if dist_util.rank() == 0 else lambda line: None
-        about = {"class_cond": run.class_cond, "random_flip": run.random_flip, "say": say}
+        about = {name: getattr(run, name) for name in ("class_cond", "class_balance", "random_flip", "cache_latents")}
         rehearse_data(run.data_dir, run.val_dir, run.image_size, vae, **about)
-        return say(str(estimate_run(run, vae)))
+        return dist_util.print_comment(str(estimate_run(run, vae)))
     dist_util.setup_dist()
     dist_util.rank0_first(lambda: refuse_used_folder(folder, run.resume_checkpoint))
     dist_util.rank0_first(lambda: run_record.refuse_other_training(run, folder, (*NETWORK_SECTIONS, VAEConfig)))

@@ -226,6 +226,8 @@ def test_a_dry_run_refuses_what_the_run_would_and_reads_no_image(folder, tmp_pat
         ((folder, "nowhere"), {}, "--judge nowhere does not exist"),
         ((folder, elsewhere), {}, "--judge .* holds the class user_07, which the training run does not know"),
         ((folder, ""), {"image_size": 33}, "33"),
+        ((folder, ""), {"class_cond": False, "class_balance": True}, "--class_balance True needs users"),
+        ((folder, ""), {"cache_latents": True, "random_flip": True}, "--random_flip True needs --cache_latents False"),
     ]:
         with pytest.raises(UserError, match=words):
             data.rehearse_data(*places, **{**how, **change})

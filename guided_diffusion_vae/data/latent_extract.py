@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .. import checkpoint, dist_util
-from ..config import UserError, print_comment, refuse_below
+from ..config import UserError, refuse_below
 from ..folder_lock import hold, make_folder, release
 from ..image_datasets import ImageDataset, describe, speaking_of, warn_of_parts
 from ..vae_wrapper import stats_file
@@ -88,7 +88,7 @@ def extract_latents(config: ExtractConfig, vae, *, say=print) -> None:
         release(config.out_dir)
 
 
-def rehearse_extraction(config: ExtractConfig, say=print_comment) -> None:
+def rehearse_extraction(config: ExtractConfig, say=dist_util.print_comment) -> None:
     """What a dry run says of its data, and refuses as the extraction would; not collective.
 
     Raises:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..config import UserError, print_comment, refuse_below
+from .. import dist_util
+from ..config import UserError, refuse_below
 from ..image_datasets import who
 from .image_folder import image_from_pixels, read_rgb
 from .plain_datasets import PlainDataset, Split, celeba, image_dir, mnist
@@ -56,7 +57,7 @@ class VAEDataConfig:
             parts[name] = ConcatDataset([RandomCrops(part, self.image_size) if crops else part for part in chosen])
         return Split(**parts)
 
-    def rehearse(self, *, seed: int, say=print_comment) -> None:
+    def rehearse(self, *, seed: int, say=dist_util.print_comment) -> None:
         """What a dry run says of its data, and refuses as the run would; without a data_root, nothing."""
         for dataset in self.load(say) if self.data_root else []:
             say(describe_parts(dataset, dataset.split(seed)))
