@@ -150,7 +150,8 @@ def work(out):
 def test_shares_are_those_of_two_processes(one_teraflop, tmp_path):
     """What the first holds is told, and no process holds more; not all first dimensions are even."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["mpiexec", "-n", "2", sys.executable, "-c", f"from test_estimate import work; work({str(tmp_path)!r})"]
+    program = f"from test_estimate import dist_util, work; dist_util.run_main(lambda: work({str(tmp_path)!r}))"
+    command = ["mpiexec", "-n", "2", sys.executable, "-c", program]
     env, here = {**os.environ, "PATH": path}, Path(__file__).parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=here)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -167,7 +167,8 @@ def alone(out):
 def start(job, out, ranks):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     here = Path(__file__).parent
-    code = f"from pathlib import Path; import test_sharding; test_sharding.{job}(Path({str(out)!r}))"
+    call = f"test_sharding.{job}(Path({str(out)!r}))"
+    code = f"from pathlib import Path; import test_sharding; test_sharding.dist_util.run_main(lambda: {call})"
     command = ["mpiexec", "-n", str(ranks)] * (ranks > 1) + [sys.executable, "-c", code]
     env = {**os.environ, "PATH": path, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, cwd=here, capture_output=True, text=True, timeout=200)

@@ -341,7 +341,8 @@ def work(out):
 
 def test_two_processes_train_as_one(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-c", f"from test_train_features import work; work({str(tmp_path)!r})"]
+    program = "from test_train_features import dist_util, work; dist_util.run_main(lambda: work({!r}))"
+    command = [sys.executable, "-c", program.format(str(tmp_path))]
     for launcher in ([], ["mpiexec", "-n", "2"]):
         done = subprocess.run(
             launcher + command,
