@@ -224,7 +224,7 @@ class TrainLoop:
                 if group[name] != flag and not (name == "lr" and self.lr_anneal_steps):
                     logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
-            group |= {"fused": True, "foreach": False}
+            group |= {"fused": True, "foreach": None}  # as a run that was never interrupted has them
         for param, state in self.opt.state.items():  # saved by a run on the CPU perhaps, or of another layout
             state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
