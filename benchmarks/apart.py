@@ -1,9 +1,9 @@
-"""Our training loop and our samplers in processes of their own, driven from another one, as scripts run them.
+"""Training loops and samplers in processes of their own, driven from another one, as their scripts run them.
 
-There they have the settings of our scripts for the whole process, which rivals must not profit from. A training may be
-shared by several processes, as `mpiexec -n N` starts them: they share the threads, together see the batch of the case,
-and average their gradients, so a step of theirs is one of the case's. The official code cannot do that on a CPU:
-without CUDA it leaves gradients as they are, and says so.
+Ours has there the settings of our scripts for the whole process, which rivals must not profit from; a rival has those
+that every process begins with. A training of ours may be shared by several processes, as `mpiexec -n N` starts them:
+they share the threads, together see the batch of the case, and average their gradients, so a step of theirs is one of
+the case's. The official code cannot do that on a CPU: without CUDA it leaves gradients as they are, and says so.
 """
 
 import json
@@ -14,7 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cases
 import contenders
+import rivals
 import torch as th
 from contenders import Case, OurTraining, scratch
 
@@ -69,37 +71,62 @@ class ApartTraining(Apart):
     """The training loop of a case.
 
     Args:
+        who: one of `TRAININGS`.
         flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
     """
 
-    def __init__(self, case: Case, ranks: int = 1, **flags):
-        super().__init__(case, {"flags": flags}, ranks)
+    def __init__(self, case: Case, who: str = "ours", ranks: int = 1, **flags):
+        super().__init__(case, {"training": who, "flags": flags}, ranks)
 
     def gradient(self) -> tuple[th.Tensor, th.Tensor]:
-        """See `contenders.loss_and_gradient`; of the whole batch."""
+        """See `contenders.loss_and_gradient`; of the whole batch. Of ours and the official one."""
         parts = self.results()
         return th.cat([losses for losses, _ in parts]), parts[0][1]
 
 
 class ApartSampler(Apart):
-    """See `contenders.our_sampler`; `results` are the samples."""
+    """Walks of so many steps; `results` are the samples.
 
-    def __init__(self, case: Case, steps: int, **flags):
-        super().__init__(case, {"steps": steps, "flags": flags}, ranks=1)
+    Args:
+        who: one of `SAMPLERS`.
+        flags: more of our flags; of diffusers' networks the `scheduler`.
+    """
+
+    def __init__(self, case: Case, steps: int, who: str = "ours", **flags):
+        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, ranks=1)
+
+
+TRAININGS = {
+    "ours": lambda case, flags: share_of(case, flags),
+    "official": lambda case, flags: rivals.OfficialTraining(case),
+    **{
+        name: lambda case, flags, make=make: rivals.DiffusersTraining(case, make(case))
+        for name, make in cases.DIFFUSERS.items()
+    },
+}
+SAMPLERS = {
+    "ours": lambda case, steps, place, flags: contenders.our_sampler(case, steps, place, **flags),
+    "official": lambda case, steps, place, flags: rivals.official_sampler(case, steps),
+    **{
+        name: lambda case, steps, place, flags, make=make: rivals.diffusers_sampler(case, make(case), steps, **flags)
+        for name, make in cases.DIFFUSERS.items()
+    },
+}
 
 
 def serve(about: dict) -> None:
     """One of the processes: works once for each empty line of stdin; a line that names a folder wants results there."""
     done, sys.stdout = sys.stdout, sys.stderr
-    dist_util.keep_freed_memory()
+    if "ours" in (about.get("training"), about.get("sampling")):
+        dist_util.keep_freed_memory()
     contenders.start()
     case, rank = Case("", about["batch"], about["case"]), dist_util.rank()
     with scratch() as place:
-        if "steps" in about:
-            work = results = contenders.our_sampler(case, about["steps"], place, **about["flags"])
+        if "sampling" in about:
+            work = results = SAMPLERS[about["sampling"]](case, about["steps"], place, about["flags"])
         else:
-            loop = share_of(case, about["flags"])
-            work, results = loop.step, loop.gradient
+            loop = TRAININGS[about["training"]](case, about["flags"])
+            work, results = loop.step, getattr(loop, "gradient", None)
         print("done", file=done, flush=True)
         for line in sys.stdin:
             if folder := line.strip():

@@ -39,3 +39,6 @@ def diffusers_twin(case: Case):
         width=size["hidden_size"],
         heads=size["num_heads"],
     )
+
+
+DIFFUSERS = {"UNet2DModel": rivals.diffusers_unet, "DiTTransformer2DModel": diffusers_twin}  # of a case's size

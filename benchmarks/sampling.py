@@ -1,7 +1,8 @@
 """Sampling steps a second: our samplers against the official `p_sample` and against diffusers' schedulers.
 
-A step is that of a whole walk of a few steps, by the model as `image_sample_vae.py` opens it. `deviation` says how far
-our samples are from the official code's for the same noise, as a share of the largest number in them.
+Each in a process of its own. A step is that of a whole walk of a few steps, by the model as `image_sample_vae.py` opens
+it. `deviation` says how far our samples are from the official code's for the same noise, as a share of the largest
+number in them.
 """
 
 from contextlib import closing
@@ -11,7 +12,6 @@ import contenders
 import rivals
 from apart import ApartSampler
 from contenders import deviation
-from rivals import diffusers_sampler
 from timing import Settings, Way, compare
 
 STEPS = 5  # of a walk
@@ -24,29 +24,29 @@ def measure(settings: Settings) -> dict:
     notes, pairs = rivals.lacking(), []
     compiled = [] if settings.tiny else [{"compile": True}]  # which takes half a minute, before the rounds
     for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
-        pairs += [against_official(case, flags, settings) for flags in ({}, *compiled)]
+        with closing(ApartSampler(case, STEPS, "official")) as rival:
+            pairs += [against_official(case, rival, flags, settings) for flags in ({}, *compiled)]
     if rivals.diffusers():
         case = cases.unets(settings.tiny)[0]
-        model = rivals.diffusers_unet(case)
-        pairs += [against_diffusers(case, model, name, settings) for name in SCHEDULERS]
-        case = cases.transformer(settings.tiny)
-        pairs.append(against_diffusers(case, cases.diffusers_twin(case), "p_sample", settings))
+        pairs += [against_diffusers(case, "UNet2DModel", name, settings) for name in SCHEDULERS]
+        pairs.append(against_diffusers(cases.transformer(settings.tiny), "DiTTransformer2DModel", "p_sample", settings))
     return {"pairs": pairs, "notes": notes}
 
 
-def against_official(case, flags: dict, settings: Settings) -> dict:
+def against_official(case, rival: ApartSampler, flags: dict, settings: Settings) -> dict:
     """p_sample against p_sample."""
-    rival, label = rivals.official_sampler(case, STEPS), ", ".join(["ours", *(f"--{k} {v}" for k, v in flags.items())])
+    label = ", ".join(["ours", *(f"--{k} {v}" for k, v in flags.items())])
     with closing(ApartSampler(case, STEPS, **flags)) as ours:
-        off = {"samples": deviation(ours.results()[0], rival())}
-        sides = Way(label, ours.run, STEPS), Way("official", rival, STEPS)
+        off = {"samples": deviation(ours.results()[0], rival.results()[0])}
+        sides = Way(label, ours.run, STEPS), Way("official", rival.run, STEPS)
         return compare(f"{case.name}, p_sample", *sides, "steps/s", settings, deviation=off, **case.about())
 
 
-def against_diffusers(case, model, sampler: str, settings: Settings) -> dict:
+def against_diffusers(case, name: str, sampler: str, settings: Settings) -> dict:
     """A sampler of ours against the scheduler that does the same."""
-    rival, scheduler = diffusers_sampler(case, model, STEPS, SCHEDULERS[sampler]), SCHEDULERS[sampler]
-    about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), model)
-    with closing(ApartSampler(case, STEPS, sampler=sampler)) as ours:
-        sides = Way("ours", ours.run, STEPS), Way(f"{type(model).__name__}, {scheduler}", rival, STEPS)
+    scheduler = SCHEDULERS[sampler]
+    about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
+    ours, rival = ApartSampler(case, STEPS, sampler=sampler), ApartSampler(case, STEPS, name, scheduler=scheduler)
+    with closing(ours), closing(rival):
+        sides = Way("ours", ours.run, STEPS), Way(f"{name}, {scheduler}", rival.run, STEPS)
         return compare(f"{case.name}, {sampler}", *sides, "steps/s", settings, **about)

@@ -12,6 +12,9 @@ The numbers are those of the usual formulas, with sums in another order, and the
 square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch as th
@@ -21,6 +24,23 @@ from torch.autograd.function import once_differentiable
 
 from . import winograd
 from .linear import linear
+
+_meta_is_cpu = ContextVar("_meta_is_cpu", default=False)
+
+
+@contextlib.contextmanager
+def meta_as(device: th.device) -> Iterator[None]:
+    """Within, networks treat tensors of the meta device as if they were of this one."""
+    token = _meta_is_cpu.set(device.type == "cpu")
+    try:
+        yield
+    finally:
+        _meta_is_cpu.reset(token)
+
+
+def on_cpu(x: th.Tensor) -> bool:
+    """Whether x is on a CPU, or stands for a tensor that is."""
+    return x.device.type == "cpu" or x.is_meta and _meta_is_cpu.get()
 
 
 def innermost(x: th.Tensor) -> bool:
@@ -39,50 +59,52 @@ def as_image(v: th.Tensor, like: th.Tensor) -> th.Tensor:
     return v.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def group_norm(x: th.Tensor, groups: int, weight: th.Tensor, bias: th.Tensor, eps: float) -> th.Tensor:
+def group_norm(
+    x: th.Tensor, groups: int, weight: th.Tensor, bias: th.Tensor, eps: float, *, silu: bool = False
+) -> th.Tensor:
     """Group norm of x (N, C, H, W), channels innermost; weight and bias (C,), or (N, C) if each image has its own.
 
+    Args:
+        silu: its SiLU, u sigmoid(u), of which backward keeps no more than of the norm alone.
     Source: Wu and He 2018, section 3.
     """
     n, c = x.shape[:2]
-    return as_image(_GroupNorm.apply(rows(x), weight.expand(n, c), bias.expand(n, c), groups, eps), x)
+    return _GroupNorm.apply(x, weight.expand(n, c), bias.expand(n, c), groups, eps, silu)
 
 
 class _GroupNorm(th.autograd.Function):
-    """Of rows (N, T, C), with weight and bias (N, C)."""
+    """Of x (N, C, H, W), with weight and bias (N, C). Few calls, for most images are small."""
 
     @staticmethod
-    def forward(ctx, v, weight, bias, groups, eps):
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        v = rows(x)
         n, _, c = v.shape
-        moments = th.stack([v.mean(1), (v * v).mean(1)])
-        mean, square = moments.view(2, n, groups, -1).mean(3, keepdim=True)
-        inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()  # (N, groups, 1)
+        moments = th.stack([v.sum(1), (v * v).sum(1)]).view(2, n, groups, -1).sum(3, keepdim=True)
+        mean, square = moments.div_(v[0].numel() // groups)  # (N, groups, 1)
+        inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
         a = weight.reshape(n, groups, -1) * inverse
-        b = th.addcmul(bias.reshape(n, groups, -1), mean, a, value=-1)
-        ctx.save_for_backward(v, a, mean, inverse)
-        return th.addcmul(b.view(n, 1, c), v, a.view(n, 1, c))
+        b = th.addcmul(bias.reshape(n, groups, -1), mean, a, value=-1).view(n, 1, c)
+        ctx.save_for_backward(x, a, b, mean, inverse)
+        ctx.silu = silu
+        y = th.addcmul(b, v, a.view(n, 1, c))
+        return as_image(F.silu(y, inplace=True) if silu else y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        v, a, mean, inverse = ctx.saved_tensors
-        n, groups, _ = a.shape
-        by_bias = grad.sum(1)
-        by_weight = ((grad * v).sum(1).view(n, groups, -1) - mean * by_bias.view(n, groups, -1)) * inverse
-        slope = -inverse * _mean(a * by_weight, v, groups)
-        offset = -_mean(a * by_bias.view(n, groups, -1), v, groups) - slope * mean
-        by_x = th.addcmul(_over_channels(offset, a), v, _over_channels(slope, a)).addcmul_(grad, a.view(n, 1, -1))
-        return by_x, by_weight.view(n, -1), by_bias, None, None
-
-
-def _mean(sums, v, groups: int) -> th.Tensor:
-    """Mean over each group, (N, groups, 1), from sums over the rows (N, C) or (N, groups, C / groups)."""
-    return sums.view(len(v), groups, -1).sum(2, keepdim=True) / (v[0].numel() // groups)
-
-
-def _over_channels(value, like) -> th.Tensor:
-    """A value of each group (N, groups, 1) for every channel: (N, 1, C)."""
-    return value.expand_as(like).reshape(len(like), 1, -1)
+        x, a, b, mean, inverse = ctx.saved_tensors
+        v, g, line = rows(x), rows(grad), a.view(len(a), 1, -1)
+        if ctx.silu:
+            g = th.ops.aten.silu_backward(g, th.addcmul(b, v, line))
+        sums = th.stack([g.sum(1), (g * v).sum(1)]).view(2, *a.shape[:2], -1)
+        by_bias, dots = sums
+        offset, slope = (sums * a).sum(3, keepdim=True).div_(-v[0].numel() // a.shape[1])  # (N, groups, 1)
+        slope = th.addcmul(slope, mean, offset, value=-1) * inverse * inverse
+        offset = th.addcmul(offset, mean, slope, value=-1)
+        slope, offset = th.stack([slope, offset]).expand_as(sums).reshape(2, len(a), 1, -1)
+        by_x = th.addcmul(offset, v, slope).addcmul_(g, line)
+        by_weight = th.addcmul(dots, mean, by_bias, value=-1).mul_(inverse)
+        return as_image(by_x, x), by_weight.view(len(a), -1), by_bias.view(len(a), -1), None, None, None
 
 
 class Conv2d(nn.Conv2d):
@@ -100,14 +122,55 @@ def pointwise(x: th.Tensor, conv: Any) -> th.Tensor:
     return as_image(linear(rows(x), conv.weight.flatten(1), conv.bias), x)
 
 
+def upsampling_pays(x: th.Tensor) -> bool:
+    """Whether `upsample_conv` of x is the faster way: not for few pixels, as it makes weights first."""
+    return x.ndim == 4 and on_cpu(x) and x.shape[2] * x.shape[3] >= 64
+
+
 def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:
-    """A 3x3 convolution of x (N, C, H, W), channels innermost, made twice as large by repeating its pixels."""
-    n, _, h, w = x.shape
-    weight = _halves(_halves(conv.weight, 3), 2).contiguous(memory_format=th.channels_last)
+    """A 3x3 convolution of x (N, C, H, W) on a CPU, of either layout, made twice as large by repeating its pixels."""
+    layout = th.channels_last if innermost(x) else th.contiguous_format
+    weight = _halves(_halves(conv.weight, 3), 2).contiguous(memory_format=layout)
     bias = None if conv.bias is None else conv.bias.repeat(4)
-    fours = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))  # (N, h+1, w+1, 2, 2, C)
-    lines = [th.stack([fours[:, i : i + h, j : j + w, i, j] for j in (0, 1)], dim=3) for i in (0, 1)]
-    return th.stack(lines, dim=2).view(n, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+    return _FromFours.apply(F.conv2d(x, weight, bias, padding=1), layout)
+
+
+class _FromFours(th.autograd.Function):
+    """The image (N, C, 2h, 2w) out of (N, 4 C, h + 1, w + 1), with the four pixels of a place on its channels.
+
+    Autograd's own way back through slices would fill and add the whole of it for each of them.
+    """
+
+    @staticmethod
+    def forward(ctx, fours, layout):
+        n, c, h, w = fours.shape
+        ctx.layout, ctx.shape = layout, fours.shape
+        sizes = (n, c // 4, 2 * (h - 1), 2 * (w - 1))
+        found = th.empty(sizes, dtype=fours.dtype, device=fours.device, memory_format=layout)
+        _pairs(found).copy_(_shifted(fours))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        fours = th.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout).zero_()
+        _shifted(fours).copy_(_pairs(grad))
+        return fours, None
+
+
+def _pairs(image) -> th.Tensor:
+    """(N, C, 2h, 2w) as (N, C, h, 2, w, 2), without a copy."""
+    return image.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+
+
+def _shifted(fours) -> th.Tensor:
+    """(N, 4 C, h + 1, w + 1) as (N, C, h, 2, w, 2), without a copy: the second of a pair of lines, or of columns, is of
+    the next one."""
+    n, c, h, w = fours.shape
+    image, channel, line, pixel = fours.stride()
+    pair = c // 4 * channel
+    sizes, strides = (n, c // 4, h - 1, 2, w - 1, 2), (image, channel, line, line + 2 * pair, pixel, pixel + pair)
+    return fours.as_strided(sizes, strides)
 
 
 def _halves(weight, dim: int) -> th.Tensor:

@@ -32,6 +32,7 @@ TIMEOUT = timedelta(minutes=30)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
 KEPT_BYTES, OLD_GLIBC_KEEPS = 1 << 28, 1 << 25  # larger tensors come from the system and go back to it at once
+MADV_HUGEPAGE, HUGE_PAGE, HEAP_BYTES = 14, 1 << 21, 1 << 30  # the first of Linux's mman.h
 
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
 READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does
@@ -283,6 +284,23 @@ def keep_freed_memory() -> None:
         if not libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
             libc.mallopt(M_MMAP_THRESHOLD, OLD_GLIBC_KEEPS)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        _ask_for_huge_pages(libc)
+
+
+def _ask_for_huge_pages(libc) -> None:
+    """Tell Linux that the next GiB of the heap may be of huge pages, of which a processor finds 500 times more at once.
+
+    Memory is used no sooner than before. Where the heap may not grow so far, or Linux has none, all stays as it was.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = OLD_GLIBC_KEEPS // 2
+    blocks = [block for block in (libc.malloc(size) for _ in range(HEAP_BYTES // size)) if block]
+    if blocks:
+        begin = -(-min(blocks) // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(begin, max(blocks) - begin, MADV_HUGEPAGE)
+    for block in blocks:
+        libc.free(block)
 
 
 def _leave_without_destructors(code: int) -> None:

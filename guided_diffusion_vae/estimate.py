@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .channels_last import meta_as
 from .dit import LightningDiTBlock
 from .unet import AttentionBlock, ResBlock
 
@@ -261,7 +262,8 @@ def saved_bytes(model: th.nn.Module, inputs: tuple, device: th.device) -> tuple[
         for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
     ]
     try:
-        with th.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention(device):
+        hooked = th.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooked, _FusedAttention(device), meta_as(device):
             output = model(*inputs)  # noqa: F841 (its graph must live until all is counted)
             return total(), max(blocks)
     finally:
@@ -277,7 +279,7 @@ def id_of(tensor: th.Tensor) -> int:
 class _FusedAttention(TorchFunctionMode):
     """On the meta device, attention as real devices compute it: without keeping the matrix of all pairs.
 
-    A CPU cannot if the channels are not innermost, which is how the U-Net hands them over (see `unet.attend`).
+    A CPU cannot if the width of a head is not innermost.
     """
 
     def __init__(self, device):

@@ -23,16 +23,19 @@ class SiLU(nn.Module):
 class GroupNorm32(nn.GroupNorm):
     """Group norm computed in float32, whatever the dtype of its input."""
 
-    def forward(self, x, scale=None, shift=None):
-        """norm(x), or norm(x) (1 + scale) + shift with both of (N, C, 1, ...)."""
+    def forward(self, x, scale=None, shift=None, silu=False):
+        """norm(x), or norm(x) (1 + scale) + shift with both of (N, C, 1, ...); `silu`: of that, u sigmoid(u)."""
         if not channels_last.innermost(x):
             h = super().forward(x.float()).type(x.dtype)
-            return h if scale is None else h * (1 + scale) + shift
+            h = h if scale is None else h * (1 + scale) + shift
+            return F.silu(h) if silu else h
         weight, bias = self.weight, self.bias
         if scale is not None and shift is not None:
-            scale, shift = scale.flatten(1), shift.flatten(1)
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        return channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
+            scale, shift = scale.flatten(1) + 1, shift.flatten(1)
+            weight, bias = weight * scale, th.addcmul(shift, bias, scale)
+        fused = silu and x.dtype == th.float32
+        h = channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps, silu=fused).type(x.dtype)
+        return F.silu(h) if silu and not fused else h
 
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:

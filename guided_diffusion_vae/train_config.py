@@ -45,6 +45,7 @@ class TrainConfig:
     posthoc_ema: str = ""  # relative lengths (0.05,0.10) to keep snapshots of for scripts/posthoc_ema.py; empty = none
     posthoc_interval: int = 0  # steps between these; 0 = a sixteenth of the run, or save_interval if it has no end
     channels_last: bool = False  # train with the channels innermost: on some CPUs faster, rounded otherwise; no fsdp2
+    compile: bool = False  # torch.compile the network: for GPUs; minutes on a CPU, which gains nothing
     sharding: str = "none"  # none (every process holds the model) or fsdp2 (a share of weights, optimizer and averages)
 
     def __post_init__(self):

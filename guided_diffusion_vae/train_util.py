@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from . import dist_util, logger
+from .compiling import compile_training
 from .config import UserError
 from .data.stream import DROPOUT, DROPPED_LABELS, NOISE, mix, slot_randn
 from .fp16_util import MixedPrecisionTrainer, TrainingDiverged
 from .nn import update_ema
+from .optimizer import AdamW
 from .posthoc_ema import PowerAverages, interval_of, lengths_of
 from .resample import LossAwareSampler, create_named_schedule_sampler
 from .run_state import (
@@ -61,7 +62,7 @@ class TrainLoop:
         heldout: what the validation loss is measured on, see `validation`; None is no validation.
         max_memorisation: see `validation`; with it `data` has `rows(count, seed)`.
         posthoc_ema: see `posthoc_ema`.
-        sharding: none or fsdp2, see `sharding`.
+        compile: see `compiling`; sharding: none or fsdp2, see `sharding`.
         on_save: called on rank 0 when a checkpoint is written, and at the end.
     Raises:
         UserError: settings that contradict each other or the checkpoint.
@@ -107,6 +108,7 @@ class TrainLoop:
         max_memorisation=0.0,
         posthoc_ema="",
         posthoc_interval=0,
+        compile=False,
         sharding="none",
         on_save=None,
     ):
@@ -159,14 +161,13 @@ class TrainLoop:
             norm=self.sharding.norm,
         )
         first_lr = self.learning_rate(self.resume_step) if warmup_steps else lr
-        self.opt = AdamW(
-            self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay, fused=True
-        )
+        self.opt = AdamW(self.mp_trainer.master_params, lr=first_lr, betas=self.betas, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.power.begin(self.mp_trainer.master_params)
         self._load_averages_and_optimizer()
         self._load_run_state()
         self.ddp_model = self.sharding.wrap(self.model)
+        self.network = compile_training(self.ddp_model, logger.warn) if compile else self.ddp_model
 
     # ---- going on from a checkpoint
 
@@ -224,12 +225,6 @@ class TrainLoop:
                 if group[name] != flag and not (name == "lr" and self.lr_anneal_steps):
                     logger.warn(f"--{name.replace('betas', 'adam_betas')}: saved {group[name]} -> given {flag}")
                     group[name] = flag
-            group |= {"fused": True, "foreach": None}  # as a run that was never interrupted has them
-        for param, state in self.opt.state.items():  # saved by a run on the CPU perhaps, or of another layout
-            state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=param.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].stride() != param.stride():
-                    state[name] = th.empty_like(param.detach()).copy_(state[name])
 
     def _kept(self) -> Kept:
         averages = [*zip(self.ema_rate, self.ema_params, strict=True), *self.power.named()]
@@ -386,7 +381,7 @@ class TrainLoop:
         """Gradients of the loss of one batch, summed over microbatches as upstream does."""
         self.mp_trainer.zero_grad()
         drawn, cond = self._draw(batch), self._with_dropped_labels(cond, len(batch))
-        model = self._in_bfloat16 if self.bf16 else self.ddp_model
+        model = self._in_bfloat16 if self.bf16 else self.network
         loss = th.zeros((), device=dist_util.dev())
         for i in range(0, batch.shape[0], self.microbatch):
             part = slice(i, i + self.microbatch)
@@ -433,7 +428,7 @@ class TrainLoop:
     def _in_bfloat16(self, x, t, **cond):
         """The network's prediction, computed in bfloat16 and given in float32."""
         with th.autocast(dist_util.dev().type, th.bfloat16):
-            return self.ddp_model(x, t, **cond).float()
+            return self.network(x, t, **cond).float()
 
     def _update_ema(self):
         done = self.step + self.resume_step

@@ -29,6 +29,8 @@ from .nn import (
     zero_module,
 )
 
+ROWS_FROM = 128  # positions from which attention on a CPU is faster with the channels innermost, copies included
+
 
 class TimestepBlock(nn.Module):
     """A module that also takes the embedding of the time."""
@@ -59,7 +61,7 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         assert x.shape[1] == self.channels
-        if self.use_conv and channels_last.innermost(x):
+        if self.use_conv and channels_last.upsampling_pays(x):
             return channels_last.upsample_conv(x, self.conv)
         scale = (1, 2, 2) if self.dims == 3 else 2
         x = F.interpolate(x, scale_factor=scale, mode="nearest")
@@ -133,15 +135,14 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        norm, act, conv = self.in_layers
-        h = conv(self.h_upd(act(norm(x))))
+        norm, _, conv = self.in_layers
+        h = conv(self.h_upd(norm(x, silu=True)))
         x = self.x_upd(x)
         e = self.emb_layers(emb).type(h.dtype)
         e = e.view(*e.shape, *[1] * (h.ndim - 2))
-        if self.use_scale_shift_norm:
-            h = self.out_layers[1:](self.out_layers[0](h, *e.chunk(2, dim=1)))
-        else:
-            h = self.out_layers(h + e)
+        norm, _, dropout, conv = self.out_layers
+        h = norm(h, *e.chunk(2, dim=1), silu=True) if self.use_scale_shift_norm else norm(h + e, silu=True)
+        h = conv(dropout(h))
         if channels_last.innermost(x) and not (self.use_conv or isinstance(self.skip_connection, nn.Identity)):
             return channels_last.pointwise(x, self.skip_connection) + h
         return self.skip_connection(x) + h
@@ -187,11 +188,20 @@ class QKVAttention(nn.Module):
 
 def _attend(qkv, part):
     """softmax(q k / sqrt(d)) v of q, k, v along dimension `part` of (N, ., ., d, T); returns (N, H * d, T)."""
-    rows = qkv.transpose(-1, -2)
-    if rows.is_cuda or not th.is_grad_enabled():
-        rows = rows.contiguous()  # fused kernels want d innermost; training on CPU sums in upstream's order instead
-    q, k, v = rows.unbind(part)
-    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+    if channels_last.on_cpu(qkv) and th.is_grad_enabled() and qkv.shape[-1] < ROWS_FROM:
+        return _attend_as_upstream(*qkv.unbind(part))
+    rows = qkv.transpose(-1, -2).contiguous()  # fused kernels want d innermost
+    return F.scaled_dot_product_attention(*rows.unbind(part)).transpose(-1, -2).flatten(1, 2)
+
+
+def _attend_as_upstream(q, k, v):
+    """The same of q, k, v (N, H, d, T), with the sums in upstream's order: the fastest of so few positions on a CPU."""
+    n = len(q)
+    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    scale = q.shape[1] ** -0.25  # on both sides: float16 overflows later
+    weights = th.bmm((q * scale).transpose(1, 2), k * scale)
+    weights = weights.float().softmax(-1).type(weights.dtype)
+    return th.bmm(v, weights.transpose(1, 2)).unflatten(0, (n, -1)).flatten(1, 2)
 
 
 def _attend_rows(qkv):
@@ -234,6 +244,8 @@ class AttentionBlock(nn.Module):
         if channels_last.innermost(x):
             return x + self._of_rows(self.norm(x))
         flat = x.flatten(2)
+        if x.ndim == 4 and channels_last.on_cpu(x) and flat.shape[2] >= ROWS_FROM:
+            return x + self._of_rows(self.norm(x).contiguous(memory_format=th.channels_last)).contiguous()
         return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).view(x.shape)
 
     def _of_rows(self, x):
@@ -470,7 +482,8 @@ class UNetModel(_Backbone):
         h = self.middle_block(h, emb)
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.type(x.dtype))
+        norm, _, conv = self.out
+        return conv(norm(h.type(x.dtype), silu=True))
 
 
 class SuperResModel(UNetModel):

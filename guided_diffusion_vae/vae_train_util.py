@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch as th
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from . import checkpoint, dist_util, logger
@@ -23,6 +22,7 @@ from .config import UserError, refuse_below
 from .data.stream import AMOUNT, DROPOUT, POSTERIOR, BatchStream, mix, slot_randn
 from .fp16_util import TrainingDiverged
 from .nn import update_ema
+from .optimizer import AdamW
 from .sample_util import save_grid, to_pixels
 from .train_util import StopSignals, betas_of
 from .vae_wrapper import save_autoencoder
@@ -120,7 +120,7 @@ class VAETrainer:
         self.model = task.model
         self.params = task.trainable()
         judge = list(task.discriminator.parameters()) if task.discriminator else []
-        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
+        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
         self.opt = AdamW(self.params, **settings)
         self.judge, self.judge_opt = judge, AdamW(judge, **settings) if judge else None
         self.ema = [p.detach().clone() for p in self._learning().values()]

@@ -13,10 +13,11 @@ FLOORS = [
         *("folder_lock", "quick_help", "machine_facts", "assets.diffusers_pipeline"),
     },
     {
-        *("winograd", "linear", "channels_last", "nn", "losses", "gaussian_diffusion", "respace", "resample"),
+        *("winograd", "linear", "channels_last", "nn", "optimizer", "losses"),
+        *("gaussian_diffusion", "respace", "resample"),
         *("flow_matching", "guidance", "samplers", "denoiser", "score_matching"),
     },
-    {"fp16_util", "unet", "dit", "model_flags", "diffusers_unet", "diffusers_dit"},
+    {"compiling", "fp16_util", "unet", "dit", "model_flags", "diffusers_unet", "diffusers_dit"},
     {
         *("autoencoders.base", "autoencoders.conv", "autoencoders.kl", "autoencoders.layouts"),
         *("autoencoders.perceptual", "autoencoders.adversarial", "autoencoders.foundation", "autoencoders.objectives"),
@@ -44,7 +45,6 @@ FLOORS = [
         "stages",
         "cli",
         "doctor",
-        "compiling",
         *("diffusers_process", "diffusers_card", "diffusers_export", "diffusers_import"),
     },
 ]

@@ -39,11 +39,13 @@ def test_only_images_on_a_cpu_with_channels_innermost_take_the_path():
     assert not channels_last.innermost(x.to("meta").to(memory_format=INNERMOST))
 
 
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("groups", [1, 4, 8])
-def test_group_norm_and_its_gradients(groups):
+def test_group_norm_and_its_gradients(groups, silu):
     x, w, b = image(3, 8, 5, 6), th.rand(8).double().requires_grad_(), th.randn(8).double().requires_grad_()
-    ours = channels_last.group_norm(x, groups, w, b, 1e-5)
+    ours = channels_last.group_norm(x, groups, w, b, 1e-5, silu=silu)
     theirs = F.group_norm(x, groups, w, b, 1e-5)
+    theirs = F.silu(theirs) if silu else theirs
     same([ours, *gradients(ours, x, w, b)], [theirs, *gradients(theirs, x, w, b)])
     assert channels_last.innermost(ours)
 
@@ -64,13 +66,22 @@ def test_equal_pixels_are_normed_to_the_bias():
     assert th.allclose(channels_last.group_norm(x, 4, th.ones(8), b, 1e-5), b[:, None, None].expand_as(x), atol=1e-2)
 
 
+@pytest.mark.parametrize("layout", [INNERMOST, th.contiguous_format])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_convolution_after_upsampling_and_its_gradients(bias):
+def test_a_convolution_after_upsampling_and_its_gradients(bias, layout):
     x, conv = image(2, 6, 5, 3), nn.Conv2d(6, 4, 3, padding=1, bias=bias).double()
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
     ours = channels_last.upsample_conv(x, conv)
     theirs = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     same([ours, *gradients(ours, x, *conv.parameters())], [theirs, *gradients(theirs, x, *conv.parameters())])
-    assert channels_last.innermost(ours)
+    assert channels_last.innermost(ours) == (layout == INNERMOST) and ours.is_contiguous(memory_format=layout)
+
+
+def test_upsampling_by_few_pixels_or_elsewhere_is_left_as_it_was():
+    assert channels_last.upsampling_pays(th.zeros(1, 2, 8, 8))
+    assert not channels_last.upsampling_pays(th.zeros(64, 2, 4, 4))
+    assert not channels_last.upsampling_pays(th.zeros(1, 2, 8, 8, device="meta"))
+    assert not channels_last.upsampling_pays(th.zeros(1, 2, 8, 8, 8))
 
 
 def test_a_pointwise_convolution():
@@ -95,6 +106,20 @@ def test_the_u_net(options):
     same([ours], [theirs], tolerance=1e-5)
     by = [th.cat([g.flatten() for g in gradients(y, *m.parameters())]) for y, m in ((ours, other), (theirs, model))]
     assert (by[0] - by[1]).norm() <= 1e-5 * by[1].norm()
+
+
+def test_attention_of_many_positions_in_the_usual_layout(monkeypatch):
+    block = unet.AttentionBlock(64, num_heads=2)
+    nn.init.normal_(block.proj_out.weight, std=0.1)
+    x = th.randn(2, 64, 12, 12, requires_grad=True)
+    found = []
+    for rows_from in (unet.ROWS_FROM, 1000):
+        monkeypatch.setattr(unet, "ROWS_FROM", rows_from)
+        y = block(x)
+        assert y.is_contiguous()
+        found.append([y, *gradients(y, x, *block.parameters())])
+    same(*found, tolerance=1e-5)
+    assert not th.equal(*(y for y, *_ in found))  # they are two ways
 
 
 def test_the_encoder():

@@ -5,7 +5,7 @@ import torch as th
 from helpers import fill_by_name
 
 from guided_diffusion_vae import compiling
-from guided_diffusion_vae.compiling import compile_network
+from guided_diffusion_vae.compiling import compile_network, compile_training
 from guided_diffusion_vae.unet import UNetModel
 
 
@@ -96,3 +96,32 @@ def test_what_fails_to_compile_runs_as_before():
     x, t, cond = batch(2)
     with th.no_grad():
         assert th.allclose(model(x, t, **cond), plain(x, t, **cond), atol=1e-6)
+
+
+# ---- training
+
+
+def gradients(model, called):
+    model.zero_grad()
+    x, t, cond = batch(3)
+    called(x, t, **cond).square().mean().backward()
+    return th.cat([param.grad.flatten() for param in model.parameters()])
+
+
+@pytest.mark.slow
+def test_what_is_compiled_for_training_has_the_gradients_and_the_weights_of_what_it_was():
+    model = network().train()
+    plain = gradients(model, model)
+    compiled = compile_training(model, print, backend="aot_eager")
+    assert compiled is not model
+    assert th.allclose(gradients(model, compiled), plain, atol=1e-6 * plain.abs().max())
+    with th.no_grad():
+        next(model.parameters()).add_(1)
+    assert th.allclose(gradients(model, compiled), gradients(model, model), atol=1e-6 * plain.abs().max())
+
+
+def test_training_without_a_compiler_goes_on_as_before(monkeypatch):
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    said, model = [], network()
+    assert compile_training(model, said.append) is model
+    assert said == ["--compile True needs a C++ compiler, and g++ is not on the PATH: training without"]

@@ -110,6 +110,30 @@ def test_a_rank_that_fails_ends_the_job(launcher, fails_on, tmp_path):
     assert len(lines) == 1 if fails_on == "all" else lines, done.stderr
 
 
+ADVISED = """
+import re
+from pathlib import Path
+from guided_diffusion_vae import dist_util
+
+def memory():  # MiB: resident, and that may be of huge pages
+    areas = re.findall(r"^Size: +(\\d+) kB$.*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.M | re.S)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+    return resident, sum(int(size) for size, flags in areas if "hg" in flags.split()) // 1024
+
+before = memory()
+dist_util.keep_freed_memory()
+print(*before, *memory())
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no huge pages")
+def test_a_gib_of_the_heap_may_be_of_huge_pages_and_is_not_used_before_it_is_asked_for():
+    done = subprocess.run([sys.executable, "-c", ADVISED], capture_output=True, text=True, check=True, cwd=ROOT)
+    resident, advised, resident_then, advised_then = map(int, done.stdout.split())
+    assert advised == 0 and 900 <= advised_then <= 1024
+    assert resident_then - resident < 16
+
+
 LEAVING = """
 import atexit, ctypes, sys
 from guided_diffusion_vae import dist_util

@@ -267,16 +267,16 @@ def test_what_is_saved_is_counted_once():
 
 
 def test_recomputing_keeps_less_and_a_gpu_no_matrix_of_pairs(one_teraflop):
-    model = unet(attention_resolutions=(1,))
+    model = unet(attention_resolutions=(2,))
     cpu, gpu = (activation_bytes(model, LATENT, 5, 1, recompute=False, device=device) for device in (CPU, GPU))
     layers = sum(isinstance(part, module.AttentionBlock) for part in model.input_blocks.modules())
-    assert cpu - gpu >= layers * 2 * 256**2 * 4  # 2 heads of 256 x 256 pairs in each
+    assert cpu - gpu >= layers * 2 * 64**2 * 4  # 2 heads of 64 x 64 pairs in each
     assert of(model, recompute=True).activation_bytes < of(model).activation_bytes / 2
 
 
 def test_a_microbatch_is_what_is_kept(one_teraflop):
     whole = of(unet()).activation_bytes
-    assert of(unet(), microbatch=4).activation_bytes == pytest.approx(whole / 2, rel=0.01)
+    assert of(unet(), microbatch=4).activation_bytes == pytest.approx(whole / 2, rel=0.02)  # all but what is of weights
     assert of(unet(), microbatch=64).activation_bytes == whole and of(unet(), microbatch=64).microbatch == 8
 
 

@@ -344,3 +344,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, monkeypatch
         )
     assert run_state.newest_checkpoint(tmp_path) == (str(tmp_path / "model000001.pt"), [])
     assert not (tmp_path / "model000002.pt").exists()
+
+
+def test_training_that_cannot_be_compiled_is_as_before(folder, tmp_path):
+    train(folder, tmp_path / "usual", "--batch_size", 2, "--max_steps", 2)
+    flags = ["--batch_size", 2, "--max_steps", 2, "--compile", True]
+    done = train(folder, tmp_path / "compiled", *flags, CXX="no-such-compiler")
+    assert "--compile True needs a C++ compiler, and no-such-compiler is not on the PATH: training without" in (
+        done.stdout + done.stderr
+    )
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        assert_same(weights(tmp_path / "usual", name), weights(tmp_path / "compiled", name))
