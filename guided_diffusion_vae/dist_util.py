@@ -32,7 +32,7 @@ TIMEOUT = timedelta(minutes=30)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of settings, from glibc's malloc.h
 KEPT_BYTES, OLD_GLIBC_KEEPS = 1 << 28, 1 << 25  # larger tensors come from the system and go back to it at once
-MADV_HUGEPAGE, HUGE_PAGE, HEAP_BYTES = 14, 1 << 21, 1 << 30  # the first of Linux's mman.h
+MADV_HUGEPAGE, HUGE_PAGE, HEAP_BYTES = 14, 1 << 21, 3 << 29  # the first of Linux's mman.h
 
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Timed out waiting"  # as gloo says it
 READER_LOST = "DataLoader worker (pid", "allocate shared memory", "unable to write to file </torch_"  # as PyTorch does
@@ -288,7 +288,7 @@ def keep_freed_memory() -> None:
 
 
 def _ask_for_huge_pages(libc) -> None:
-    """Tell Linux that the next GiB of the heap may be of huge pages, of which a processor finds 500 times more at once.
+    """Tell Linux that the next 1.5 GiB of the heap may be of huge pages: a processor finds 500 times more of them.
 
     Memory is used no sooner than before. Where the heap may not grow so far, or Linux has none, all stays as it was.
     """
