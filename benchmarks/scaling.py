@@ -21,7 +21,7 @@ from contenders import Case, OurTraining, our_sampler, scratch, unet
 from pictures import draw_images
 from timing import Settings, Way, row, single
 
-from guided_diffusion_vae import stages
+from guided_diffusion_vae import dist_util, stages
 from guided_diffusion_vae.data.latent_shards import write_safetensors
 from guided_diffusion_vae.image_datasets import load_data_with_vae
 
@@ -36,6 +36,7 @@ def measure(settings: Settings) -> dict:
     with scratch() as folder:
         rows, notes = processes(folder, settings)
         contenders.start()
+        dist_util.keep_freed_memory()  # as our scripts do
         rows += networks(folder, settings)
         for count in (100, 200) if settings.tiny else (1_000, 10_000, 100_000, 1_000_000):
             found, note = data_set(folder / "rows", count, settings)

@@ -165,15 +165,25 @@ def plot_ratios(pairs: list[dict], path: Path) -> None:
 
 def plot_curves(curves: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """One panel for each thing that changes."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     kinds = list(dict.fromkeys((over, points[0]["unit"]) for (over, _), points in curves.items()))
     columns = min(3, len(kinds))
     lines = -(-len(kinds) // columns)
     figure = new_figure(3.6 * columns, 3 * lines, layout="constrained")
-    for (over, unit), axes in zip(kinds, figure.subplots(lines, columns, squeeze=False).flat, strict=False):
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in panels[len(kinds) :]:
+        axes.axis("off")
+    for (over, unit), axes in zip(kinds, panels[: len(kinds)], strict=True):
         for (other, label), points in curves.items():
             if (other, points[0]["unit"]) == (over, unit):
                 axes.plot([row["x"] for row in points], [row["median"] for row in points], "o-", label=label)
         axes.set(xlabel=over, ylabel=unit, xscale="log", yscale="log")
+        x = sorted({row["x"] for (other, _), points in curves.items() if other == over for row in points})
+        axes.set_xticks(x, [f"{value:,g}" for value in x])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.legend(fontsize=7)
     save_figure(figure, path, dpi=110)
 
