@@ -63,12 +63,12 @@ def _of_dims(dims, *kinds):
 def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99) -> None:
     """target <- rate target + (1 - rate) source, in place."""
     target, source = [p.detach() for p in target_params], [p.detach() for p in source_params]
-    if target and target[0].is_cuda:  # all at once, for few launches
-        th._foreach_mul_(target, rate)
-        th._foreach_add_(target, source, alpha=1 - rate)
-    else:  # one by one, so that the sum finds the product in the cache
+    if all(t.is_cpu for t in target):  # one by one, so that the sum finds the product in the cache
         for t, s in zip(target, source, strict=True):
             t.mul_(rate).add_(s, alpha=1 - rate)
+    else:  # all at once, for few launches
+        th._foreach_mul_(target, rate)
+        th._foreach_add_(target, source, alpha=1 - rate)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
