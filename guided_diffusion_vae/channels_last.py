@@ -13,6 +13,7 @@ square of the mean: in float32 it loses digits where a mean is many times its st
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import winograd
+from . import packing, winograd
 from .linear import linear
 
 _meta_is_cpu = ContextVar("_meta_is_cpu", default=False)
@@ -68,43 +69,91 @@ def group_norm(
         silu: its SiLU, u sigmoid(u), of which backward keeps no more than of the norm alone.
     Source: Wu and He 2018, section 3.
     """
-    n, c = x.shape[:2]
-    return _GroupNorm.apply(x, weight.expand(n, c), bias.expand(n, c), groups, eps, silu)
+    if th.is_grad_enabled():
+        return _GroupNorm.apply(x, weight, bias, groups, eps, silu)
+    return _normed(x, weight, bias, groups, eps, silu)[0]
 
 
 class _GroupNorm(th.autograd.Function):
-    """Of x (N, C, H, W), with weight and bias (N, C). Few calls, for most images are small."""
+    """Of x (N, C, H, W), with weight and bias (C,) or (N, C)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, silu):
-        v = rows(x)
-        n, _, c = v.shape
-        moments = th.stack([v.sum(1), (v * v).sum(1)]).view(2, n, groups, -1).sum(3, keepdim=True)
-        mean, square = moments.div_(v[0].numel() // groups)  # (N, groups, 1)
-        inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
-        a = weight.reshape(n, groups, -1) * inverse
-        b = th.addcmul(bias.reshape(n, groups, -1), mean, a, value=-1).view(n, 1, c)
-        ctx.save_for_backward(x, a, b, mean, inverse)
+        y, mean, inverse = _normed(x, weight, bias, groups, eps, silu)
+        mean, inverse = (part[:, :: part.shape[1] // groups].contiguous() for part in (mean, inverse))
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
         ctx.silu = silu
-        y = th.addcmul(b, v, a.view(n, 1, c))
-        return as_image(F.silu(y, inplace=True) if silu else y, x)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, a, b, mean, inverse = ctx.saved_tensors
-        v, g, line = rows(x), rows(grad), a.view(len(a), 1, -1)
+        x, weight, bias, mean, inverse = ctx.saved_tensors
         if ctx.silu:
-            g = th.ops.aten.silu_backward(g, th.addcmul(b, v, line))
-        sums = th.stack([g.sum(1), (g * v).sum(1)]).view(2, *a.shape[:2], -1)
-        by_bias, dots = sums
-        offset, slope = (sums * a).sum(3, keepdim=True).div_(-v[0].numel() // a.shape[1])  # (N, groups, 1)
-        slope = th.addcmul(slope, mean, offset, value=-1) * inverse * inverse
-        offset = th.addcmul(offset, mean, slope, value=-1)
-        slope, offset = th.stack([slope, offset]).expand_as(sums).reshape(2, len(a), 1, -1)
-        by_x = th.addcmul(offset, v, slope).addcmul_(g, line)
-        by_weight = th.addcmul(dots, mean, by_bias, value=-1).mul_(inverse)
-        return as_image(by_x, x), by_weight.view(len(a), -1), by_bias.view(len(a), -1), None, None, None
+            of_channels = (_of_channels(part, x.shape[1]) for part in (mean, inverse))
+            grad = th.ops.aten.silu_backward(grad, _line(x, weight, bias, *of_channels))
+        if weight.ndim == 1:
+            grad = grad.contiguous(memory_format=th.channels_last)  # torch reads it in the layout of x
+            of = grad, x, mean, inverse, weight, *_sizes(x), mean.shape[1], [True] * 3
+            found = th.ops.aten.native_group_norm_backward(*of)
+        else:
+            found = _backward_of_own(rows(grad), x, weight, mean, inverse)
+        return *found, None, None, None
+
+
+def _normed(x, weight, bias, groups: int, eps: float, silu: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """The norm with mean and inverse standard deviation, (N, groups) or (N, C). Few calls: images are small."""
+    n, c, pixels = _sizes(x)
+    if c >= 8 * groups or pixels >= 1024:  # torch's own is slow for few channels a group in small images
+        affine = (weight, bias) if weight.ndim == 1 else (None, None)
+        y, mean, inverse = th.native_group_norm(x, *affine, n, c, pixels, groups, eps)
+        if weight.ndim == 2:
+            th.addcmul(bias[:, :, None, None], y, weight[:, :, None, None], out=y)
+    else:
+        v = rows(x)
+        sums = th.cat([v.sum(1), (v * v).sum(1)])
+        mean, square = sums.mm(_group_means(c, groups, pixels, v.dtype)).chunk(2)
+        inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
+        y = _line(x, weight, bias, mean, inverse)
+    return F.silu(y, inplace=True) if silu else y, mean, inverse
+
+
+def _sizes(x) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+@functools.lru_cache(64)
+def _group_means(channels: int, groups: int, pixels: int, dtype: th.dtype) -> th.Tensor:
+    """(C, C): makes of each channel's sum over its pixels the mean over its group."""
+    ones = th.ones(channels // groups, channels // groups, dtype=dtype)
+    return th.block_diag(*[ones / (len(ones) * pixels)] * groups)
+
+
+def _of_channels(part, channels: int) -> th.Tensor:
+    """(N, groups) as (N, C)."""
+    return part.unsqueeze(2).expand(*part.shape, channels // part.shape[1]).flatten(1)
+
+
+def _line(x, weight, bias, mean, inverse) -> th.Tensor:
+    """The norm of x as one product and one sum, by mean and inverse standard deviation (N, C)."""
+    a = weight * inverse
+    b = th.addcmul(bias, mean, a, value=-1)
+    return as_image(th.addcmul(b.unsqueeze(1), rows(x), a.unsqueeze(1)), x)
+
+
+def _backward_of_own(g, x, weight, mean, inverse) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """Gradients by x, weight and bias, both (N, C), from rows g of that by the norm."""
+    v, mean, inverse = rows(x), mean.unsqueeze(2), inverse.unsqueeze(2)  # (N, groups, 1)
+    a = weight.unflatten(1, (mean.shape[1], -1)) * inverse
+    sums = th.stack([g.sum(1), (g * v).sum(1)]).view(2, *a.shape)
+    by_bias, dots = sums
+    offset, slope = (sums * a).sum(3, keepdim=True).div_(-v[0].numel() // a.shape[1])
+    slope = th.addcmul(slope, mean, offset, value=-1) * inverse * inverse
+    offset = th.addcmul(offset, mean, slope, value=-1)
+    slope, offset = th.stack([slope, offset]).expand_as(sums).reshape(2, len(a), 1, -1)
+    by_x = th.addcmul(offset, v, slope).addcmul_(g, a.view(len(a), 1, -1))
+    by_weight = th.addcmul(dots, mean, by_bias, value=-1).mul_(inverse)
+    return as_image(by_x, x), by_weight.flatten(1), by_bias.flatten(1)
 
 
 class Conv2d(nn.Conv2d):
@@ -114,11 +163,16 @@ class Conv2d(nn.Conv2d):
         plain = self.kernel_size == (3, 3) and self.stride == self.padding == self.dilation == (1, 1)
         if plain and self.groups == 1 and innermost(x) and winograd.fits(x, self.weight):
             return winograd.conv3x3(x, self.weight, self.bias)
+        if innermost(x) and packing.is_kept(self, x):
+            how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+            return packing.convolve(self, x, lambda: (self.weight, self.bias), **how)
         return super().forward(x)
 
 
 def pointwise(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 1x1 convolution, of one or two dimensions, of x (N, C, H, W), channels innermost: a product of matrices."""
+    if packing.is_kept(conv, x):
+        return packing.convolve(conv, x, lambda: (conv.weight.flatten(1)[:, :, None, None], conv.bias))
     return as_image(linear(rows(x), conv.weight.flatten(1), conv.bias), x)
 
 
@@ -130,9 +184,17 @@ def upsampling_pays(x: th.Tensor) -> bool:
 def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 3x3 convolution of x (N, C, H, W) on a CPU, of either layout, made twice as large by repeating its pixels."""
     layout = th.channels_last if innermost(x) else th.contiguous_format
+    if innermost(x) and packing.is_kept(conv, x):
+        fours = packing.convolve(conv, x, lambda: _of_fours(conv, layout), padding=(1, 1))
+    else:
+        fours = F.conv2d(x, *_of_fours(conv, layout), padding=1)
+    return _FromFours.apply(fours, layout)
+
+
+def _of_fours(conv, layout) -> tuple[th.Tensor, th.Tensor | None]:
+    """Weight (4 O, C, 2, 2) and bias (4 O,) of the four pixels that come of one."""
     weight = _halves(_halves(conv.weight, 3), 2).contiguous(memory_format=layout)
-    bias = None if conv.bias is None else conv.bias.repeat(4)
-    return _FromFours.apply(F.conv2d(x, weight, bias, padding=1), layout)
+    return weight, None if conv.bias is None else conv.bias.repeat(4)
 
 
 class _FromFours(th.autograd.Function):

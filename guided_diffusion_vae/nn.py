@@ -25,17 +25,22 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x, scale=None, shift=None, silu=False):
         """norm(x), or norm(x) (1 + scale) + shift with both of (N, C, 1, ...); `silu`: of that, u sigmoid(u)."""
-        if not channels_last.innermost(x):
-            h = super().forward(x.float()).type(x.dtype)
-            h = h if scale is None else h * (1 + scale) + shift
-            return F.silu(h) if silu else h
+        innermost, plain = channels_last.innermost(x), x.dtype == th.float32
         weight, bias = self.weight, self.bias
-        if scale is not None and shift is not None:
+        if scale is not None and shift is not None and (innermost or plain and channels_last.on_cpu(x)):
             scale, shift = scale.flatten(1) + 1, shift.flatten(1)
-            weight, bias = weight * scale, th.addcmul(shift, bias, scale)
-        fused = silu and x.dtype == th.float32
-        h = channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps, silu=fused).type(x.dtype)
-        return F.silu(h) if silu and not fused else h
+            weight, bias = weight * scale, th.addcmul(shift, bias, scale)  # (N, C)
+        if innermost:
+            h = channels_last.group_norm(x.float(), self.num_groups, weight, bias, self.eps, silu=silu and plain)
+            silu = silu and not plain
+        elif weight.ndim == 2:  # one image of all channels, each with a weight of its own
+            groups, together = len(x) * self.num_groups, x.reshape(1, -1, *x.shape[2:])
+            h = F.group_norm(together, groups, weight.flatten(), bias.flatten(), self.eps).view_as(x)
+        else:
+            h = super().forward(x.float())
+            h = h.type(x.dtype) if scale is None else h.type(x.dtype) * (1 + scale) + shift
+        h = h.type(x.dtype)
+        return F.silu(h) if silu else h
 
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:

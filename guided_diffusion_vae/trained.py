@@ -11,6 +11,7 @@ from . import checkpoint, dist_util, logger
 from .assembly import NETWORK_SECTIONS, NUM_CLASSES, create_network
 from .config import Parser, Run, UserError, parse_run, read_yaml
 from .model_flags import load_weights, network_weights, part_of
+from .packing import keep_packed
 from .run_record import read_run, refuse_contradictions
 from .train_config import ema_rates
 from .vae_wrapper import PIXEL, STATS, VAEConfig, VAEInterface, load_vae
@@ -95,7 +96,7 @@ def open_model(run: Run, record: dict) -> Trained:
     """
     stats = Path(run.model_path).with_name(STATS)
     vae = load_vae(run.section(VAEConfig), expected=record.get("autoencoder"), latent_stats=stats)
-    vae.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
+    _place(vae)
     class_names = class_names_of(record)
     return Trained(load_network(run, vae, num_classes=len(class_names)), vae, class_names)
 
@@ -114,10 +115,16 @@ def load_network(run: Run, vae: VAEInterface, *, num_classes: int = NUM_CLASSES)
     model, path = create_network(run, vae, num_classes=num_classes), f"--model_path {run.model_path}"
     weights = dist_util.rank0_first(lambda: _weights_of(run.model_path, path))
     load_weights(model, weights, path=path, given=run.as_dict())
-    model.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
+    _place(model)
     if run.use_fp16:
         model.convert_to_fp16()
     return model.eval()
+
+
+def _place(network: th.nn.Module) -> None:
+    """On this process's device, in the layout for sampling."""
+    network.to(dist_util.dev(), memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]  # torch declares no memory_format
+    keep_packed(network)
 
 
 def _weights_of(file, path: str) -> dict[str, th.Tensor]:

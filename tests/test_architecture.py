@@ -13,7 +13,7 @@ FLOORS = [
         *("folder_lock", "quick_help", "machine_facts", "assets.diffusers_pipeline"),
     },
     {
-        *("winograd", "linear", "channels_last", "nn", "optimizer", "losses"),
+        *("winograd", "linear", "packing", "channels_last", "nn", "optimizer", "losses"),
         *("gaussian_diffusion", "respace", "resample"),
         *("flow_matching", "guidance", "samplers", "denoiser", "score_matching"),
     },
