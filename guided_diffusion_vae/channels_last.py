@@ -1,15 +1,16 @@
 """What a CPU does faster with the channels innermost (`torch.channels_last`): norms, convolutions after upsampling.
 
-oneDNN's convolutions take a third less time in this layout, but torch's own group norm up to twenty times more. With
-rows v = x as (N, H W, C), and per channel sums of v and v^2, the norm is one product and one sum:
+oneDNN's convolutions take a third less time in this layout, but torch's own group norm, with few channels a group in
+small images, several times more. There, with rows v = x as (N, H W, C), and per channel sums of v and v^2, the norm is
+one product and one sum:
 
     y = v a + b,   a = weight / std,   b = bias - mean a
 
 A nearest upsampling before a 3x3 convolution makes many of its products twice. Each of the four pixels that come of one
 sees 2x2 pixels of the smaller image, with sums of the 3x3 weights: 16 products instead of 36.
 
-The numbers are those of the usual formulas, with sums in another order, and the variance is the mean square less the
-square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
+The numbers are those of the usual formulas, with sums in another order, and the variance of those few is the mean square
+less the square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
 """
 
 import contextlib
@@ -183,18 +184,52 @@ def upsampling_pays(x: th.Tensor) -> bool:
 
 def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:
     """A 3x3 convolution of x (N, C, H, W) on a CPU, of either layout, made twice as large by repeating its pixels."""
-    layout = th.channels_last if innermost(x) else th.contiguous_format
-    if innermost(x) and packing.is_kept(conv, x):
-        fours = packing.convolve(conv, x, lambda: _of_fours(conv, layout), padding=(1, 1))
+    if not innermost(x):
+        return _FromFours.apply(F.conv2d(x, *_of_fours(conv, th.contiguous_format), padding=1), th.contiguous_format)
+    if packing.is_kept(conv, x):
+        fours = packing.convolve(conv, x, lambda: _of_fours(conv, th.channels_last), padding=(1, 1))
     else:
-        fours = F.conv2d(x, *_of_fours(conv, layout), padding=1)
-    return _FromFours.apply(fours, layout)
+        fours = _Fours.apply(x, *_of_fours(conv, th.channels_last))
+    return _FromFours.apply(fours, th.channels_last)
 
 
 def _of_fours(conv, layout) -> tuple[th.Tensor, th.Tensor | None]:
     """Weight (4 O, C, 2, 2) and bias (4 O,) of the four pixels that come of one."""
     weight = _halves(_halves(conv.weight, 3), 2).contiguous(memory_format=layout)
     return weight, None if conv.bias is None else conv.bias.repeat(4)
+
+
+class _Fours(th.autograd.Function):
+    """`F.conv2d` of x (N, C, h, w), channels innermost, by a weight (4 O, C, 2, 2), with a padding of one pixel.
+
+    The gradient of the weight is made a quarter at a time: of all channels at once oneDNN takes twice as long, where
+    pixels are 4 KiB apart.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        by_x, by_weight, by_bias = ctx.needs_input_grad
+        found = [None, None, grad.sum((0, 2, 3)) if by_bias else None]
+        if by_x:
+            found[0] = _gradient_of_conv(grad, x, weight, 0)
+        if by_weight:
+            quarters = zip(grad.chunk(4, dim=1), weight.chunk(4), strict=True)
+            parts = [_gradient_of_conv(g.contiguous(memory_format=th.channels_last), x, w, 1) for g, w in quarters]
+            found[1] = th.cat(parts)
+        return tuple(found)
+
+
+def _gradient_of_conv(grad, x, weight, by: int) -> th.Tensor:
+    """Of `F.conv2d(x, weight, padding=1)` by x (0) or weight (1)."""
+    wanted = [by == 0, by == 1, False]
+    return th.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted)[by]
 
 
 class _FromFours(th.autograd.Function):

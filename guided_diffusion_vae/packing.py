@@ -16,7 +16,14 @@ def keep_packed(network: nn.Module) -> None:
     """From now on its convolutions keep their weights packed, once used; those that change are packed again."""
     for module in network.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            module.__dict__["packed"] = {}
+            module.__dict__["packed"] = _Packed()
+
+
+class _Packed(dict):
+    """(C, H, W) of an image -> state of a convolution's parameters, and them packed. Copies and files of it are empty."""
+
+    def __reduce__(self):
+        return _Packed, ()
 
 
 def is_kept(conv: Any, x: th.Tensor) -> bool:

@@ -22,7 +22,9 @@ def image(*shape, dtype=th.float64, seed=0):
 
 
 def gradients(y, *inputs):
-    return th.autograd.grad((y * th.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum(), inputs)
+    return th.autograd.grad(
+        (y * th.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum(), inputs, retain_graph=True
+    )
 
 
 def same(ours, theirs, tolerance=1e-12):
@@ -50,14 +52,19 @@ def test_group_norm_and_its_gradients(groups, silu):
     assert channels_last.innermost(ours)
 
 
-def test_group_norm_with_a_weight_for_each_image():
-    x, norm = image(3, 64, 4, 5, dtype=th.float32), GroupNorm32(32, 64)
+@pytest.mark.parametrize("channels", [64, 256])
+def test_group_norm_with_a_weight_for_each_image(channels):
+    x, norm = image(3, channels, 4, 5, dtype=th.float32), GroupNorm32(32, channels)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    scale, shift = (th.randn(3, 64, 1, 1).requires_grad_() for _ in range(2))
-    found = [norm(a, scale, shift) for a in (x, x.contiguous())]
-    assert channels_last.innermost(found[0]) and not channels_last.innermost(found[1])
-    by = [gradients(y, scale, shift, *norm.parameters()) for y in found]
-    same([found[0], *by[0]], [found[1], *by[1]], tolerance=1e-5)
+    scale, shift = (th.randn(3, channels, 1, 1).requires_grad_() for _ in range(2))
+    usual = F.group_norm(x.contiguous(), 32, norm.weight, norm.bias, norm.eps) * (1 + scale) + shift
+    for layout in (INNERMOST, th.contiguous_format):
+        found = norm(x.contiguous(memory_format=layout), scale, shift)
+        assert channels_last.innermost(found) == (layout == INNERMOST)
+        inputs = x, scale, shift, *norm.parameters()
+        same([found, *gradients(found, *inputs)], [usual, *gradients(usual, *inputs)], tolerance=1e-5)
+    with th.no_grad():
+        assert (norm(x, scale, shift) - usual).abs().max() < 1e-4
 
 
 def test_equal_pixels_are_normed_to_the_bias():
