@@ -9,7 +9,7 @@ one product and one sum:
 A nearest upsampling before a 3x3 convolution makes many of its products twice. Each of the four pixels that come of one
 sees 2x2 pixels of the smaller image, with sums of the 3x3 weights: 16 products instead of 36.
 
-The numbers are those of the usual formulas, with sums in another order, and the variance of those few is the mean square
+The numbers are those of the usual formulas, with sums in another order. The variance of such a norm is the mean square
 less the square of the mean: in float32 it loses digits where a mean is many times its standard deviation.
 """
 

@@ -20,7 +20,7 @@ def keep_packed(network: nn.Module) -> None:
 
 
 class _Packed(dict):
-    """(C, H, W) of an image -> state of a convolution's parameters, and them packed. Copies and files of it are empty."""
+    """(C, H, W) of an image -> state of a convolution's parameters, and them packed; empty in copies and files."""
 
     def __reduce__(self):
         return _Packed, ()
