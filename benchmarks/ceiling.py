@@ -1,9 +1,10 @@
 """How near a network comes to what this machine can do: its rates, and what the network's counted products reach.
 
 The rates are torch's own, in float32: a 3x3 convolution at the shapes of the measured U-Nets, in both layouts, a
-product of large matrices, and a copy of memory. A network's products are counted (two operations for each multiply-add,
-by `torch.utils.flop_counter`), three forward passes for a training step. A share above 100 % is possible: Winograd's
-filtering makes a convolution of fewer products than are counted.
+product of large matrices, also as the 1x1 convolution that `linear.py` makes of it, and a copy of memory. A network's
+products are counted (two operations for each multiply-add, by `torch.utils.flop_counter`), three forward passes for a
+training step. A share above 100 % is possible: where an upsampling or Winograd's filtering makes a convolution of fewer
+products than are counted.
 """
 
 import cases
@@ -15,6 +16,7 @@ from timing import Settings, Way, row, single
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.estimate import matmul_rate
+from guided_diffusion_vae.linear import linear
 
 FORMATS = {"usual layout": th.contiguous_format, "channels innermost": th.channels_last}
 STEPS = 5  # of a walk
@@ -26,13 +28,28 @@ def measure(settings: Settings) -> dict:
     contenders.start()
     dist_util.keep_freed_memory()  # as our scripts do
     rates = (matmul_rate(dist_util.dev()) / 1e9 for _ in range(1 if settings.tiny else 3))
-    rows = [row("product of matrices", "GFLOP/s", rates), copy_rate(settings)]
+    products = [row("product of matrices", "GFLOP/s", rates), product_as_linear_layer(settings)]
+    rows = [*products, copy_rate(settings)]
     for case in cases.unets(settings.tiny):
         convolutions = [convolution(case, name, settings) for name in FORMATS]
         best = max(found["median"] for found in convolutions)
         rows += [*convolutions, *shares(case, best, "convolution", settings)]
-    rows += shares(cases.transformer(settings.tiny), rows[0]["median"], "product of matrices", settings)
+    best = max(found["median"] for found in products)
+    rows += shares(cases.transformer(settings.tiny), best, "product of matrices", settings)
     return {"rows": rows}
+
+
+def product_as_linear_layer(settings: Settings) -> dict:
+    """8,192 rows of 1,024 numbers by a square matrix, as our transformer makes it."""
+    rows, channels = (64, 32) if settings.tiny else (8192, 1024)
+    x, weight = (th.randn(n, channels, device=dist_util.dev()) for n in (rows, channels))
+
+    @th.no_grad()
+    def run():
+        linear(x, weight)
+
+    work = 2 * rows * channels**2 / 1e9
+    return single("product of matrices, as a linear layer", Way("", run, work), "GFLOP/s", settings)
 
 
 def copy_rate(settings: Settings) -> dict:
