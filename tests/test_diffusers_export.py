@@ -353,7 +353,8 @@ def test_guidance_is_ours(flags, both):
     config = SamplerConfig(clip_denoised=False, use_ddim=not flow, num_steps=11 if flow else 0)
     ours = create_sampler(config, process)(guided, noise.shape, noise=noise, model_kwargs={"y": y}, device=noise.device)
     about = {"users": [7, 1, 4], "num_steps": 10, "latents": noise, "output_type": "latent"}
-    th.testing.assert_close(pipe(**about, guidance_scale=3.0).images, ours, rtol=1e-4, atol=1e-4)
+    theirs = pipe(**about, guidance_scale=3.0).images
+    assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()  # a network never trained goes far beyond 1
     assert not th.allclose(pipe(**about).images, ours, atol=1e-2)
 
 
