@@ -105,7 +105,8 @@ class _GroupNorm(th.autograd.Function):
 def _normed(x, weight, bias, groups: int, eps: float, silu: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """The norm with mean and inverse standard deviation, (N, groups) or (N, C). Few calls: images are small."""
     n, c, pixels = _sizes(x)
-    if c >= 8 * groups or pixels >= 1024:  # torch's own is slow for few channels a group in small images
+    few = c < 8 * groups and pixels < 1024  # channels a group, of small images: torch's own is slow for them
+    if not few or th.is_autocast_enabled("cpu"):  # which would make the product of matrices below in half precision
         affine = (weight, bias) if weight.ndim == 1 else (None, None)
         y, mean, inverse = th.native_group_norm(x, *affine, n, c, pixels, groups, eps)
         if weight.ndim == 2:
@@ -188,6 +189,8 @@ def upsample_conv(x: th.Tensor, conv: Any) -> th.Tensor:
         return _FromFours.apply(F.conv2d(x, *_of_fours(conv, th.contiguous_format), padding=1), th.contiguous_format)
     if packing.is_kept(conv, x):
         fours = packing.convolve(conv, x, lambda: _of_fours(conv, th.channels_last), padding=(1, 1))
+    elif th.is_autocast_enabled("cpu"):
+        fours = F.conv2d(x, *_of_fours(conv, th.channels_last), padding=1)
     else:
         fours = _Fours.apply(x, *_of_fours(conv, th.channels_last))
     return _FromFours.apply(fours, th.channels_last)

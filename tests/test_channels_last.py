@@ -84,6 +84,20 @@ def test_a_convolution_after_upsampling_and_its_gradients(bias, layout):
     assert channels_last.innermost(ours) == (layout == INNERMOST) and ours.is_contiguous(memory_format=layout)
 
 
+def test_autocast_keeps_norms_in_single_precision_and_its_gradients():
+    x, conv, norm = image(3, 64, 8, 8, dtype=th.float32), nn.Conv2d(64, 8, 3, padding=1), GroupNorm32(32, 64)
+    conv.to(memory_format=INNERMOST)
+    usual = norm(x)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        assert (norm(x) - usual).abs().max() < 1e-5
+        large = channels_last.upsample_conv(norm(x), conv)
+    assert large.dtype == th.bfloat16
+    by_x, by_weight = gradients(large.float(), x, conv.weight)
+    with th.no_grad():
+        conv.bias.zero_()
+    same([by_x, by_weight], gradients(channels_last.upsample_conv(norm(x), conv), x, conv.weight), tolerance=0.05)
+
+
 def test_upsampling_by_few_pixels_or_elsewhere_is_left_as_it_was():
     assert channels_last.upsampling_pays(th.zeros(1, 2, 8, 8))
     assert not channels_last.upsampling_pays(th.zeros(64, 2, 4, 4))
