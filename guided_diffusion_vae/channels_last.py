@@ -14,7 +14,6 @@ less the square of the mean: in float32 it loses digits where a mean is many tim
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -81,7 +80,6 @@ class _GroupNorm(th.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, silu):
         y, mean, inverse = _normed(x, weight, bias, groups, eps, silu)
-        mean, inverse = (part[:, :: part.shape[1] // groups].contiguous() for part in (mean, inverse))
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         ctx.silu = silu
         return y
@@ -91,8 +89,7 @@ class _GroupNorm(th.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, mean, inverse = ctx.saved_tensors
         if ctx.silu:
-            of_channels = (_of_channels(part, x.shape[1]) for part in (mean, inverse))
-            grad = th.ops.aten.silu_backward(grad, _line(x, weight, bias, *of_channels))
+            grad = th.ops.aten.silu_backward(grad, _line(x, weight, bias, mean, inverse))
         if weight.ndim == 1:
             grad = grad.contiguous(memory_format=th.channels_last)  # torch reads it in the layout of x
             of = grad, x, mean, inverse, weight, *_sizes(x), mean.shape[1], [True] * 3
@@ -103,18 +100,17 @@ class _GroupNorm(th.autograd.Function):
 
 
 def _normed(x, weight, bias, groups: int, eps: float, silu: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-    """The norm with mean and inverse standard deviation, (N, groups) or (N, C). Few calls: images are small."""
+    """The norm and, of each group, mean and inverse standard deviation (N, groups). Few calls: images are small."""
     n, c, pixels = _sizes(x)
-    few = c < 8 * groups and pixels < 1024  # channels a group, of small images: torch's own is slow for them
-    if not few or th.is_autocast_enabled("cpu"):  # which would make the product of matrices below in half precision
+    if c >= 8 * groups or pixels >= 1024:  # torch's own is slow for few channels a group in small images
         affine = (weight, bias) if weight.ndim == 1 else (None, None)
         y, mean, inverse = th.native_group_norm(x, *affine, n, c, pixels, groups, eps)
         if weight.ndim == 2:
             th.addcmul(bias[:, :, None, None], y, weight[:, :, None, None], out=y)
     else:
         v = rows(x)
-        sums = th.cat([v.sum(1), (v * v).sum(1)])
-        mean, square = sums.mm(_group_means(c, groups, pixels, v.dtype)).chunk(2)
+        sums = th.cat([v.sum(1), (v * v).sum(1)]).view(2 * n, groups, c // groups).sum(2)
+        mean, square = sums.div_(pixels * (c // groups)).chunk(2)
         inverse = th.addcmul(square, mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()
         y = _line(x, weight, bias, mean, inverse)
     return F.silu(y, inplace=True) if silu else y, mean, inverse
@@ -124,20 +120,10 @@ def _sizes(x) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
 
 
-@functools.lru_cache(64)
-def _group_means(channels: int, groups: int, pixels: int, dtype: th.dtype) -> th.Tensor:
-    """(C, C): makes of each channel's sum over its pixels the mean over its group."""
-    ones = th.ones(channels // groups, channels // groups, dtype=dtype)
-    return th.block_diag(*[ones / (len(ones) * pixels)] * groups)
-
-
-def _of_channels(part, channels: int) -> th.Tensor:
-    """(N, groups) as (N, C)."""
-    return part.unsqueeze(2).expand(*part.shape, channels // part.shape[1]).flatten(1)
-
-
 def _line(x, weight, bias, mean, inverse) -> th.Tensor:
-    """The norm of x as one product and one sum, by mean and inverse standard deviation (N, C)."""
+    """The norm of x as one product and one sum."""
+    channels = x.shape[1] // mean.shape[1]
+    mean, inverse = th.cat([mean, inverse]).repeat_interleave(channels, dim=1).chunk(2)  # (N, C)
     a = weight * inverse
     b = th.addcmul(bias, mean, a, value=-1)
     return as_image(th.addcmul(b.unsqueeze(1), rows(x), a.unsqueeze(1)), x)
@@ -251,7 +237,6 @@ class _FromFours(th.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         fours = th.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout).zero_()
         _shifted(fours).copy_(_pairs(grad))

@@ -98,6 +98,22 @@ def test_autocast_keeps_norms_in_single_precision_and_its_gradients():
     same([by_x, by_weight], gradients(channels_last.upsample_conv(norm(x), conv), x, conv.weight), tolerance=0.05)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_scale_shift_norm": True}])
+def test_a_u_net_in_half_precision_has_the_gradients_of_the_usual_layout(options):
+    th.manual_seed(0)
+    model = unet.UNetModel(**SMALL | {"image_size": 16} | options)
+    for param in model.parameters():
+        nn.init.normal_(param, std=0.05)
+    found, x = [], image(2, 4, 16, 16, dtype=th.float32)
+    for layout in (INNERMOST, th.contiguous_format):
+        model.to(memory_format=layout)
+        with th.autocast("cpu", dtype=th.bfloat16):
+            y = model(x.contiguous(memory_format=layout), th.tensor([1, 2]))
+        by = gradients(y.float(), *model.parameters())
+        found.append(th.cat([g.flatten() for g in by]))
+    assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+
+
 def test_upsampling_by_few_pixels_or_elsewhere_is_left_as_it_was():
     assert channels_last.upsampling_pays(th.zeros(1, 2, 8, 8))
     assert not channels_last.upsampling_pays(th.zeros(64, 2, 4, 4))
