@@ -27,8 +27,9 @@ class Settings:
 
     @property
     def least_s(self) -> float:
-        """What a side of a round takes at least: what is quicker is repeated."""
-        return 0.0 if self.tiny else 0.2
+        """What a side of a round takes at least, what is quicker is repeated: a single step is measured with what the
+        other side left in the caches."""
+        return self.budget_s / (2 * self.rounds)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def compare(name: str, ours: Way, rival: Way, unit: str, settings: Settings, **a
 
 def single(name: str, way: Way, unit: str, settings: Settings, **about) -> dict:
     """One way alone, as an entry of a benchmark's `rows`."""
-    times, begin, took = repeats(way.run, settings.least_s), time.perf_counter(), []
+    times, begin, took = repeats(way.run, settings.least_s / 5), time.perf_counter(), []
     while len(took) < settings.rounds and (len(took) < 3 or time.perf_counter() - begin < settings.budget_s / 5):
         took.append(seconds(way.run, times))
     return row(name, unit, (in_unit(value, way.work, unit) for value in took), **about)
