@@ -1,16 +1,20 @@
 """Training loops and samplers in processes of their own, driven from another one, as their scripts run them.
 
 Ours has there the settings of our scripts for the whole process, which rivals must not profit from; a rival has those
-that every process begins with. A training of ours may be shared by several processes, as `mpiexec -n N` starts them:
+that every process begins with. What a process of the official code gives back of its memory and asks for anew at every
+step is for chance to say (seldom nothing, which makes its sampling a fifth faster), so of a rival several take turns,
+round by round. A training of ours may be shared by several processes, as `mpiexec -n N` starts them:
 they share the threads, together see the batch of the case, and average their gradients, so a step of theirs is one of
 the case's. The official code cannot do that on a CPU: without CUDA it leaves gradients as they are, and says so.
 """
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +28,20 @@ from guided_diffusion_vae import dist_util
 
 
 class Apart:
-    """Something of ours that is done again and again in processes of its own; `close` ends them."""
+    """Something that is done again and again in processes of its own; `close` ends them.
 
-    def __init__(self, case: Case, work: dict, ranks: int):
+    Args:
+        copies: how many times it is there, each in processes of its own; `turn` goes on to the next of them.
+    """
+
+    def __init__(self, case: Case, work: dict, ranks: int, copies: int):
+        self.copies = deque(self._started(case, work, ranks) for _ in range(copies))
+        for _ in range(copies):
+            self._hear()
+            self.copies.rotate(-1)
+        self.cold = copies - 1  # all but the one that is there
+
+    def _started(self, case: Case, work: dict, ranks: int) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -35,8 +50,18 @@ class Apart:
         words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, **work})]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        self.processes = [subprocess.Popen(words, env=environment, **pipes) for environment in each]
-        self._hear()
+        return [subprocess.Popen(words, env=environment, **pipes) for environment in each]
+
+    @property
+    def processes(self) -> list[subprocess.Popen]:
+        return self.copies[0]
+
+    def turn(self) -> None:
+        """Go on to the next copy, which is not to be seen doing it for the first time."""
+        self.copies.rotate(-1)
+        if self.cold:
+            self.cold -= 1
+            self.run()
 
     def run(self) -> None:
         """Do it once."""
@@ -50,7 +75,7 @@ class Apart:
 
     def close(self) -> None:
         """End the processes."""
-        for process in self.processes:
+        for process in itertools.chain(*self.copies):
             process.communicate()
 
     def _ask(self, word: str) -> None:
@@ -62,7 +87,7 @@ class Apart:
     def _hear(self) -> None:
         for process in self.processes:
             if process.stdout.readline() != "done\n":
-                for each in self.processes:
+                for each in itertools.chain(*self.copies):
                     each.kill()
                 raise RuntimeError(f"a process of the benchmark ended with code {process.wait()}")
 
@@ -75,8 +100,8 @@ class ApartTraining(Apart):
         flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
     """
 
-    def __init__(self, case: Case, who: str = "ours", ranks: int = 1, **flags):
-        super().__init__(case, {"training": who, "flags": flags}, ranks)
+    def __init__(self, case: Case, who: str = "ours", ranks: int = 1, copies: int = 1, **flags):
+        super().__init__(case, {"training": who, "flags": flags}, ranks, copies)
 
     def gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """See `contenders.loss_and_gradient`; of the whole batch. Of ours and the official one."""
@@ -92,8 +117,8 @@ class ApartSampler(Apart):
         flags: more of our flags; of diffusers' networks the `scheduler`.
     """
 
-    def __init__(self, case: Case, steps: int, who: str = "ours", **flags):
-        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, ranks=1)
+    def __init__(self, case: Case, steps: int, who: str = "ours", copies: int = 1, **flags):
+        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, 1, copies)
 
 
 TRAININGS = {

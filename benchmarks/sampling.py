@@ -24,7 +24,7 @@ def measure(settings: Settings) -> dict:
     notes, pairs = rivals.lacking(), []
     compiled = [] if settings.tiny else [{"compile": True}]  # which takes half a minute, before the rounds
     for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
-        with closing(ApartSampler(case, STEPS, "official")) as rival:
+        with closing(ApartSampler(case, STEPS, "official", settings.rivals)) as rival:
             pairs += [against_official(case, rival, flags, settings) for flags in ({}, *compiled)]
     if rivals.diffusers():
         case = cases.unets(settings.tiny)[0]
@@ -38,7 +38,7 @@ def against_official(case, rival: ApartSampler, flags: dict, settings: Settings)
     label = ", ".join(["ours", *(f"--{k} {v}" for k, v in flags.items())])
     with closing(ApartSampler(case, STEPS, **flags)) as ours:
         off = {"samples": deviation(ours.results()[0], rival.results()[0])}
-        sides = Way(label, ours.run, STEPS), Way("official", rival.run, STEPS)
+        sides = Way(label, ours.run, STEPS), Way("official", rival.run, STEPS, rival.turn)
         return compare(f"{case.name}, p_sample", *sides, "steps/s", settings, deviation=off, **case.about())
 
 
@@ -46,7 +46,8 @@ def against_diffusers(case, name: str, sampler: str, settings: Settings) -> dict
     """A sampler of ours against the scheduler that does the same."""
     scheduler = SCHEDULERS[sampler]
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
-    ours, rival = ApartSampler(case, STEPS, sampler=sampler), ApartSampler(case, STEPS, name, scheduler=scheduler)
+    ours = ApartSampler(case, STEPS, sampler=sampler)
+    rival = ApartSampler(case, STEPS, name, settings.rivals, scheduler=scheduler)
     with closing(ours), closing(rival):
-        sides = Way("ours", ours.run, STEPS), Way(f"{name}, {scheduler}", rival.run, STEPS)
+        sides = Way("ours", ours.run, STEPS), Way(f"{name}, {scheduler}", rival.run, STEPS, rival.turn)
         return compare(f"{case.name}, {sampler}", *sides, "steps/s", settings, **about)

@@ -7,7 +7,7 @@ round, the ratio is taken within a round, and its median over the rounds is what
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,11 @@ class Settings:
         other side left in the caches."""
         return self.budget_s / (2 * self.rounds)
 
+    @property
+    def rivals(self) -> int:
+        """How many processes of a rival take turns."""
+        return 1 if self.tiny else 5
+
 
 @dataclass(frozen=True)
 class Way:
@@ -39,11 +44,13 @@ class Way:
     Args:
         run: does the work once.
         work: how many units of it (steps, images) that is.
+        turn: called before each round, outside its time.
     """
 
     label: str
     run: Callable[[], object]
     work: float = 1.0
+    turn: Callable[[], object] | None = None
 
 
 def seconds(function: Callable[[], object], times: int = 1, clock=time.perf_counter) -> float:
@@ -78,6 +85,7 @@ def alternate(
     *,
     least_s: float = 0.0,
     budget_s: float = float("inf"),
+    before: Iterable[Callable[[], object]] = (),
     clock=time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Seconds of a call of `a` and of `b`, one pair a round, `b` before `a` in every second one.
@@ -85,11 +93,14 @@ def alternate(
     Args:
         rounds: at most; a spent budget ends them, but not before the third.
         least_s: a quicker call is repeated until it takes so long.
+        before: called before each round, outside its time.
     """
     begin = clock()
     sides = [(function, repeats(function, least_s, clock)) for function in (a, b)]
     pairs = []
     while len(pairs) < rounds and (len(pairs) < 3 or clock() - begin < budget_s):
+        for function in before:
+            function()
         turn = 1 if len(pairs) % 2 == 0 else -1
         first, second = (seconds(*side, clock) for side in sides[::turn])
         pairs.append((first, second)[::turn])
@@ -117,6 +128,7 @@ def compare(name: str, ours: Way, rival: Way, unit: str, settings: Settings, **a
         `ratio` (how many times as fast ours is), `ours` and `rival`: median, least and most over the rounds.
     """
     limits = {"least_s": settings.least_s, "budget_s": settings.budget_s}
+    limits["before"] = [side.turn for side in (ours, rival) if side.turn]
     rounds = alternate(ours.run, rival.run, settings.rounds, **limits)
     scale = ours.work / rival.work
     pair = {

@@ -94,6 +94,13 @@ def test_a_spent_budget_ends_the_rounds_after_the_third():
     assert len(alternate(clock.costing("a", 1.0), clock.costing("b", 1.0), 9, budget_s=1e9, clock=clock)) == 9
 
 
+def test_a_side_takes_its_turn_before_each_round():
+    clock = Clock()
+    turn = clock.costing("t", 100.0)
+    found = alternate(clock.costing("a", 1.0), clock.costing("b", 2.0), 3, before=[turn], clock=clock)
+    assert found == [(1.0, 2.0)] * 3 and "".join(clock.calls) == "ab" + "tab" + "tba" + "tab"
+
+
 def test_units():
     assert in_unit(0.5, 16, "images/s") == 32 and in_unit(0.5, 1, "s") == 0.5
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0}
