@@ -2,19 +2,18 @@
 
 Ours has there the settings of our scripts for the whole process, which rivals must not profit from; a rival has those
 that every process begins with. What a process of the official code gives back of its memory and asks for anew at every
-step is for chance to say (seldom nothing, which makes its sampling a fifth faster), so of a rival several take turns,
-round by round. A training of ours may be shared by several processes, as `mpiexec -n N` starts them:
-they share the threads, together see the batch of the case, and average their gradients, so a step of theirs is one of
-the case's. The official code cannot do that on a CPU: without CUDA it leaves gradients as they are, and says so.
+step is for chance to say (seldom nothing, which makes its sampling a fifth faster), so a rival goes on in a new process
+every second round; several that wait in memory would slow ours down. A training of ours may be shared by several
+processes, as `mpiexec -n N` starts them: they share the threads, together see the batch of the case, and average their
+gradients, so a step of theirs is one of the case's. The official code cannot do that on a CPU: without CUDA it leaves
+gradients as they are, and says so.
 """
 
-import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,40 +27,31 @@ from guided_diffusion_vae import dist_util
 
 
 class Apart:
-    """Something that is done again and again in processes of its own; `close` ends them.
+    """Something that is done again and again in processes of its own; `close` ends them."""
 
-    Args:
-        copies: how many times it is there, each in processes of its own; `turn` goes on to the next of them.
-    """
-
-    def __init__(self, case: Case, work: dict, ranks: int, copies: int):
-        self.copies = deque(self._started(case, work, ranks) for _ in range(copies))
-        for _ in range(copies):
-            self._hear()
-            self.copies.rotate(-1)
-        self.cold = copies - 1  # all but the one that is there
-
-    def _started(self, case: Case, work: dict, ranks: int) -> list[subprocess.Popen]:
+    def __init__(self, case: Case, work: dict, ranks: int):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(max(1, th.get_num_threads() // ranks))}
-        words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, **work})]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        return [subprocess.Popen(words, env=environment, **pipes) for environment in each]
+        self.words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, **work})]
+        self.each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self.turns = 0
+        self._start()
 
-    @property
-    def processes(self) -> list[subprocess.Popen]:
-        return self.copies[0]
+    def _start(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.processes = [subprocess.Popen(self.words, env=environment, **pipes) for environment in self.each]
+        self._hear()
 
     def turn(self) -> None:
-        """Go on to the next copy, which is not to be seen doing it for the first time."""
-        self.copies.rotate(-1)
-        if self.cold:
-            self.cold -= 1
+        """Before every second round, go on in new processes, which are not seen doing it for the first time."""
+        if self.turns and self.turns % 2 == 0:
+            self.close()
+            self._start()
             self.run()
+        self.turns += 1
 
     def run(self) -> None:
         """Do it once."""
@@ -75,7 +65,7 @@ class Apart:
 
     def close(self) -> None:
         """End the processes."""
-        for process in itertools.chain(*self.copies):
+        for process in self.processes:
             process.communicate()
 
     def _ask(self, word: str) -> None:
@@ -87,7 +77,7 @@ class Apart:
     def _hear(self) -> None:
         for process in self.processes:
             if process.stdout.readline() != "done\n":
-                for each in itertools.chain(*self.copies):
+                for each in self.processes:
                     each.kill()
                 raise RuntimeError(f"a process of the benchmark ended with code {process.wait()}")
 
@@ -100,8 +90,8 @@ class ApartTraining(Apart):
         flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
     """
 
-    def __init__(self, case: Case, who: str = "ours", ranks: int = 1, copies: int = 1, **flags):
-        super().__init__(case, {"training": who, "flags": flags}, ranks, copies)
+    def __init__(self, case: Case, who: str = "ours", ranks: int = 1, **flags):
+        super().__init__(case, {"training": who, "flags": flags}, ranks)
 
     def gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """See `contenders.loss_and_gradient`; of the whole batch. Of ours and the official one."""
@@ -117,8 +107,8 @@ class ApartSampler(Apart):
         flags: more of our flags; of diffusers' networks the `scheduler`.
     """
 
-    def __init__(self, case: Case, steps: int, who: str = "ours", copies: int = 1, **flags):
-        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, 1, copies)
+    def __init__(self, case: Case, steps: int, who: str = "ours", **flags):
+        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, ranks=1)
 
 
 TRAININGS = {

@@ -24,7 +24,7 @@ def measure(settings: Settings) -> dict:
     notes, pairs = rivals.lacking(), []
     compiled = [] if settings.tiny else [{"compile": True}]  # which takes half a minute, before the rounds
     for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
-        with closing(ApartSampler(case, STEPS, "official", settings.rivals)) as rival:
+        with closing(ApartSampler(case, STEPS, "official")) as rival:
             pairs += [against_official(case, rival, flags, settings) for flags in ({}, *compiled)]
     if rivals.diffusers():
         case = cases.unets(settings.tiny)[0]
@@ -47,7 +47,7 @@ def against_diffusers(case, name: str, sampler: str, settings: Settings) -> dict
     scheduler = SCHEDULERS[sampler]
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
     ours = ApartSampler(case, STEPS, sampler=sampler)
-    rival = ApartSampler(case, STEPS, name, settings.rivals, scheduler=scheduler)
+    rival = ApartSampler(case, STEPS, name, scheduler=scheduler)
     with closing(ours), closing(rival):
         sides = Way("ours", ours.run, STEPS), Way(f"{name}, {scheduler}", rival.run, STEPS, rival.turn)
         return compare(f"{case.name}, {sampler}", *sides, "steps/s", settings, **about)

@@ -31,11 +31,6 @@ class Settings:
         other side left in the caches."""
         return self.budget_s / (2 * self.rounds)
 
-    @property
-    def rivals(self) -> int:
-        """How many processes of a rival take turns."""
-        return 1 if self.tiny else 5
-
 
 @dataclass(frozen=True)
 class Way:

@@ -29,7 +29,7 @@ def measure(settings: Settings) -> dict:
     contenders.start()
     notes, pairs = rivals.lacking(), []
     for case in cases.unets(settings.tiny) if rivals.official("unet") else []:
-        with closing(ApartTraining(case, "official", copies=settings.rivals)) as rival:
+        with closing(ApartTraining(case, "official")) as rival:
             pairs += against_official(case, rival, settings)
     if rivals.diffusers():
         pairs.append(against_diffusers(cases.unets(settings.tiny)[0], "UNet2DModel", settings))
@@ -58,7 +58,7 @@ def deviations(found, reference) -> dict[str, float]:
 def against_diffusers(case, name: str, settings: Settings) -> dict:
     """Our loop against a network of diffusers."""
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
-    ours, rival = ApartTraining(case), ApartTraining(case, name, copies=settings.rivals)
+    ours, rival = ApartTraining(case), ApartTraining(case, name)
     with closing(ours), closing(rival):
         sides = Way("ours", ours.run), Way(name, rival.run, turn=rival.turn)
         return compare(case.name, *sides, "steps/s", settings, **about)
