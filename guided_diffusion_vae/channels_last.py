@@ -207,18 +207,12 @@ class _Fours(th.autograd.Function):
         by_x, by_weight, by_bias = ctx.needs_input_grad
         found = [None, None, grad.sum((0, 2, 3)) if by_bias else None]
         if by_x:
-            found[0] = _gradient_of_conv(grad, x, weight, 0)
+            found[0] = winograd.direct_gradient(grad, x, weight, 0)
         if by_weight:
             quarters = zip(grad.chunk(4, dim=1), weight.chunk(4), strict=True)
-            parts = [_gradient_of_conv(g.contiguous(memory_format=th.channels_last), x, w, 1) for g, w in quarters]
-            found[1] = th.cat(parts)
+            laid_out = ((g.contiguous(memory_format=th.channels_last), w) for g, w in quarters)
+            found[1] = th.cat([winograd.direct_gradient(g, x, w, 1) for g, w in laid_out])
         return tuple(found)
-
-
-def _gradient_of_conv(grad, x, weight, by: int) -> th.Tensor:
-    """Of `F.conv2d(x, weight, padding=1)` by x (0) or weight (1)."""
-    wanted = [by == 0, by == 1, False]
-    return th.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted)[by]
 
 
 class _FromFours(th.autograd.Function):

@@ -82,9 +82,9 @@ class _Conv3x3(th.autograd.Function):
             if pays_forward(grad, weight):
                 by_x = _filtered(grad, _points_of(weight, G.flip(1)))
             else:
-                by_x = _direct(grad, x, weight, 0)
+                by_x = direct_gradient(grad, x, weight, 0)
         if ctx.needs_input_grad[1]:
-            by_weight = _by_weight(x, grad) if pays_backward(x, weight) else _direct(grad, x, weight, 1)
+            by_weight = _by_weight(x, grad) if pays_backward(x, weight) else direct_gradient(grad, x, weight, 1)
             by_weight = th.empty_like(weight).copy_(by_weight)  # in its layout
         if ctx.needs_input_grad[2]:
             by_bias = grad.sum((0, 2, 3))
@@ -102,10 +102,15 @@ def pays_backward(x: th.Tensor, weight: th.Tensor) -> bool:
     return min(weight.shape[:2]) >= 64 and x.numel() >= 16 * TILE**2 * x.shape[1]
 
 
-def _direct(grad, x, weight, which):
-    wanted = [which == 0, which == 1, False]
+def direct_gradient(grad: th.Tensor, x: th.Tensor, weight: th.Tensor, by: int) -> th.Tensor:
+    """The usual way from the gradient of `F.conv2d(x, weight, padding=1)` to that of x (`by` 0) or of the weight (1).
+
+    Args:
+        grad: (N, O, H, W); x: (N, C, h, w); weight: (O, C, k, k).
+    """
+    wanted = [by == 0, by == 1, False]
     around = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation; not transposed; groups
-    return th.ops.aten.convolution_backward(grad, x, weight, None, *around, wanted)[which]
+    return th.ops.aten.convolution_backward(grad, x, weight, None, *around, wanted)[by]
 
 
 def _points_of(weight, g):
