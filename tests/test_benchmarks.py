@@ -1,5 +1,6 @@
 """The benchmarks run at their smallest, their clockwork finds known ratios, and their tables say what was measured."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -175,6 +176,18 @@ def test_the_formula_of_precision_and_recall_on_points_of_a_line():
     real, generated = (np.array(line)[:, None] for line in ([0.0, 1, 2, 3, 4], [7.0, 8, 9, 11, 30, 100]))
     assert list(evaluation.radii(real, 3)) == [9, 4, 4, 4, 9] and list(evaluation.radii(generated, 3))[0] == 16
     assert evaluation.precision_recall(real, generated) == (1 / 6, 0.4)
+
+
+def test_every_second_round_goes_on_in_new_processes():
+    cases, apart = import_module("cases"), import_module("apart")
+    with contextlib.closing(apart.ApartSampler(cases.transformer(True), 2)) as sampler:
+        before, found = sampler.processes, []
+        for _ in range(3):
+            sampler.turn()
+            found.append(sampler.processes is before)
+        sampler.run()
+        assert found == [True, True, False]
+        assert [process.poll() for process in before] == [0] and sampler.processes[0].poll() is None
 
 
 def test_absent_rivals_are_said_and_left_out(measured, monkeypatch, capsys):
