@@ -271,7 +271,7 @@ def work(out):
 def test_shares_make_the_same_averages_and_outlive_a_loss(tmp_path):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
-    code = f"from pathlib import Path; import test_posthoc_ema as t; t.work(Path({str(tmp_path)!r}))"
+    code = f"import test_posthoc_ema as t; t.dist_util.run_main(lambda: t.work(t.Path({str(tmp_path)!r})))"
     command = ["mpiexec", "-n", "2", sys.executable, "-c", code]
     about = {"env": env, "cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 200}
     killed = subprocess.run(command, **about)
