@@ -127,10 +127,9 @@ def plot(found: dict[str, dict], folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plots (pip install -e '.[plots]')")
         return
-    pairs = [pair for results in found.values() for pair in results["pairs"]]
     curves = curves_of(row for results in found.values() for row in results["rows"])
-    if pairs:
-        plot_ratios(pairs, folder / RATIOS)
+    if any(results["pairs"] for results in found.values()):
+        plot_ratios(found, folder / RATIOS)
     if curves:
         plot_curves(curves, folder / SCALING)
 
@@ -144,23 +143,35 @@ def curves_of(rows) -> dict[tuple[str, str], list[dict]]:
     return {key: sorted(points, key=lambda row: row["x"]) for key, points in curves.items()}
 
 
-def plot_ratios(pairs: list[dict], path: Path) -> None:
-    """How many times as fast, as bars with their range; the line is the rival."""
-    figure = new_figure(9, 1 + 0.28 * len(pairs), layout="constrained")
-    axes, places = figure.subplots(), range(len(pairs))
-    middle = [pair["ratio"]["median"] for pair in pairs]
-    reach = [
-        [pair["ratio"]["median"] - pair["ratio"]["least"] for pair in pairs],
-        [pair["ratio"]["most"] - pair["ratio"]["median"] for pair in pairs],
-    ]
-    axes.barh(places, middle, xerr=reach, color="tab:blue", ecolor="0.3")
-    labels = [f"{pair['name']}: {pair['ours']['label']} / {pair['rival']['label']}" for pair in pairs]
-    axes.set_yticks(places, labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
+def plot_ratios(found: dict[str, dict], path: Path) -> None:
+    """How many times as fast, as bars with their range, by benchmark; the line is the rival."""
+    bars = []
+    for name, results in found.items():
+        bars += [(name, None)] * bool(results["pairs"]) + [(name_of(pair), pair["ratio"]) for pair in results["pairs"]]
+    figure = new_figure(9, 1 + 0.22 * len(bars), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, ratio) in enumerate(bars):
+        if ratio:
+            reach = [[ratio["median"] - ratio["least"]], [ratio["most"] - ratio["median"]]]
+            axes.barh(place, ratio["median"], xerr=reach, color="tab:blue", ecolor="0.3")
+            axes.text(1.05 * ratio["most"], place, f"{ratio['median']:.3g}", va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
+    for label, (_, ratio) in zip(axes.get_yticklabels(), bars, strict=True):
+        label.set_fontweight("normal" if ratio else "bold")
+    axes.tick_params(left=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xscale="log", ylim=(len(bars), -1))
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast (median, least and most of the rounds)")
+    axes.set_xlabel("times as fast (median and range)")
     save_figure(figure, path, dpi=110)
+
+
+def name_of(pair: dict) -> str:
+    """What was measured, ours against which rival."""
+    ours, rival = pair["ours"]["label"], pair["rival"]["label"]
+    return f"{'' if pair['name'] == ours else pair['name'] + ': '}{ours} / {rival}"
 
 
 def plot_curves(curves: dict[tuple[str, str], list[dict]], path: Path) -> None:

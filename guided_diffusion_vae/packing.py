@@ -6,6 +6,7 @@ of torch's own call, mostly bit by bit; the memory is that of the weights once m
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -22,8 +23,14 @@ def keep_packed(network: nn.Module) -> None:
             module.__dict__["packed"] = _Packed()
 
 
-class _Packed(dict):
-    """(C, H, W) of the last image -> parameters, their state, and them packed; empty in copies and files."""
+@dataclass
+class _Packed:
+    """What was laid out last; nothing in copies and files."""
+
+    state: Any = None  # (C, H, W) of the image, and what the parameters were
+    parts: Any = ()  # those parameters, so that their place in memory stays theirs
+    weight: Any = None
+    bias: Any = None
 
     def __reduce__(self):
         return _Packed, ()
@@ -49,13 +56,12 @@ def convolve(
 ) -> th.Tensor:
     """`F.conv2d` of x (N, C, H, W), channels innermost, by what `made` makes of the weight and bias of `conv`:
     (O, C / groups, h, w) and (O,) or None."""
-    parts = [part for part in (conv.weight, conv.bias) if part is not None]
-    state = [(id(part), part._version, part.data_ptr()) for part in parts]
-    _, of_state, weight, bias = conv.packed.get(x.shape[1:], (None, None, None, None))
-    if of_state != state:
+    parts, packed = [part for part in (conv.weight, conv.bias) if part is not None], conv.packed
+    state = x.shape[1:], [(id(part), part._version, part.data_ptr()) for part in parts]
+    if packed.state != state:
         weight, bias = made()
         weight = weight.detach().contiguous(memory_format=th.channels_last)
         weight = th.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, x.shape)
-        conv.packed.clear()
-        conv.packed[x.shape[1:]] = parts, state, weight, bias
-    return th.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
+        packed.state, packed.parts, packed.weight, packed.bias = state, parts, weight, bias
+    kernel = packed.weight, packed.bias, padding, stride, dilation, groups
+    return th.ops.mkldnn._convolution_pointwise(x, *kernel, "none", [], "")
