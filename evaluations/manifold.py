@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
+from guided_diffusion_vae.linear import linear
+
 BLOCK = 1024
 NEIGHBOURS, NEAR_COPY = 50, 1 / 3  # a near copy's nearest is this much nearer than its 50 nearest on average
 
@@ -55,8 +57,8 @@ def _radii(points, *ks: int) -> np.ndarray:
     lacking = [k for k in ks if len(points) <= k]
     if lacking:
         raise ValueError(f"{len(points)} points have no {lacking[0]}-th neighbour; give more than {lacking[0]}")
-    near = [np.partition(d, ks, axis=1)[:, ks] for _, d in _rows(points, points)]  # 0 is the point itself
-    return np.concatenate(near).T
+    near = [th.from_numpy(d).topk(max(ks) + 1, largest=False).values for _, d in _rows(points, points)]
+    return th.cat(near)[:, list(ks)].T.numpy()  # 0 is the point itself
 
 
 def nearest(points, references, *, count: int = 1, skip: int = 0) -> np.ndarray:
@@ -99,10 +101,10 @@ def _centred(real, others) -> tuple[np.ndarray, np.ndarray]:
 
 def _rows(x, y):
     """Yield (slice of x, squared distances (block, M) from those rows to all of y)."""
-    squares = (y * y).sum(axis=1)
+    squares, references = (y * y).sum(axis=1), th.from_numpy(y)
     for i in range(0, len(x), BLOCK):
         block = x[i : i + BLOCK]
-        d = (-2 * block) @ y.T
+        d = linear(th.from_numpy(-2 * block), references).numpy()
         d += (block * block).sum(axis=1)[:, None]
         d += squares
         yield slice(i, i + BLOCK), np.maximum(d, 0, out=d)
