@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import cases
@@ -24,6 +25,7 @@ import torch as th
 from contenders import Case, OurTraining, scratch
 
 from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.image_datasets import load_data_with_vae
 
 
 class Apart:
@@ -86,6 +88,7 @@ class ApartTraining(Apart):
     """The training loop of a case.
 
     Args:
+        case: one with a `data_dir` reads its pictures by the loader of `who`, others see one batch again and again.
         who: one of `TRAININGS`.
         flags: more of our flags; with `seed` the draws are the same whatever the number of processes.
     """
@@ -119,6 +122,10 @@ TRAININGS = {
         for name, make in cases.DIFFUSERS.items()
     },
 }
+LOADERS = {
+    "ours": lambda case: load_data_with_vae(**files_of(case), vae=case.vae, say=lambda line: None),
+    "official": lambda case: rivals.official("image_datasets").load_data(**files_of(case)),
+}
 SAMPLERS = {
     "ours": lambda case, steps, place, flags: contenders.our_sampler(case, steps, place, **flags),
     "official": lambda case, steps, place, flags: rivals.official_sampler(case, steps),
@@ -127,6 +134,11 @@ SAMPLERS = {
         for name, make in cases.DIFFUSERS.items()
     },
 }
+
+
+def files_of(case: Case) -> dict:
+    """What both loaders want to know of the pictures."""
+    return {"data_dir": case.run.data_dir, "batch_size": case.batch, "image_size": case.run.image_size}
 
 
 def serve(about: dict) -> None:
@@ -141,7 +153,8 @@ def serve(about: dict) -> None:
             work = results = SAMPLERS[about["sampling"]](case, about["steps"], place, about["flags"])
         else:
             loop = TRAININGS[about["training"]](case, about["flags"])
-            work, results = loop.step, getattr(loop, "gradient", None)
+            batches = LOADERS[about["training"]](case) if case.run.data_dir else repeat(loop.batch)
+            work, results = (lambda: step(loop, next(batches))), getattr(loop, "gradient", None)
         print("done", file=done, flush=True)
         for line in sys.stdin:
             if folder := line.strip():
@@ -149,6 +162,12 @@ def serve(about: dict) -> None:
             else:
                 work()
             print("done", file=done, flush=True)
+
+
+def step(loop, batch) -> None:
+    """One update by this batch."""
+    loop.batch = batch
+    loop.step()
 
 
 def share_of(case: Case, flags: dict) -> OurTraining:

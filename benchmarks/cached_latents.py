@@ -1,18 +1,18 @@
 """Images a second of training: ours on cached latents against the official code in pixels, on the same pictures.
 
-Both read what their own loader gives, the U-Nets are equally wide (64 channels, levels 1,2,2, two blocks a level), and
-both see the same number of images a step. Ours attends at half the size of its latents; the official one at 16 and 8
-pixels a side as is its default, which spares it the attention over thousands of pixels.
+Each in a process of its own reads what its own loader gives. The U-Nets are equally wide (64 channels, levels 1,2,2,
+two blocks a level), and both see the same number of images a step. Ours attends at half the size of its latents; the
+official one at 16 and 8 pixels a side as is its default, which spares it the attention over thousands of pixels.
 """
+
+from contextlib import closing
 
 import contenders
 import rivals
-from contenders import Case, OurTraining, scratch, unet
+from apart import ApartTraining
+from contenders import Case, scratch, unet
 from pictures import draw_images
-from rivals import OfficialTraining
 from timing import Settings, Way, compare
-
-from guided_diffusion_vae.image_datasets import load_data_with_vae
 
 
 def measure(settings: Settings) -> dict:
@@ -30,20 +30,9 @@ def measure(settings: Settings) -> dict:
 def against_pixels(data, size: int, batch: int, settings: Settings) -> dict:
     """One image size."""
     width = {"channels": 32, "mult": "1,2", "blocks": 1} if settings.tiny else {"channels": 64}
-    latents = Case("latents", batch, unet(image_size=size, attention=size // 8, **width))
-    pixels = Case("pixels", batch, unet(image_size=size, vae_path="pixel", attention="16,8", **width))
-    ours, rival = OurTraining(latents, channels_last=True), OfficialTraining(pixels)
-    about = {"data_dir": data, "batch_size": batch, "image_size": size}
-    cached = load_data_with_vae(**about, vae=latents.vae, say=lambda line: None)
-    files = rivals.official("image_datasets").load_data(**about)
-
-    def our_step():
-        ours.batch = next(cached)
-        ours.step()
-
-    def official_step():
-        rival.batch = next(files)
-        rival.step()
-
-    sides = Way("cached latents", our_step, batch), Way("official, pixels", official_step, batch)
-    return compare(f"training at {size} px", *sides, "images/s", settings, batch=batch)
+    latents = unet(image_size=size, attention=size // 8, **width)
+    pixels = unet(image_size=size, vae_path="pixel", attention="16,8", **width)
+    here, there = (Case("", batch, flags | {"data_dir": str(data)}) for flags in (latents, pixels))
+    with closing(ApartTraining(here)) as ours, closing(ApartTraining(there, "official")) as rival:
+        sides = Way("cached latents", ours.run, batch), Way("official, pixels", rival.run, batch, turn=rival.turn)
+        return compare(f"training at {size} px", *sides, "images/s", settings, batch=batch)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -188,6 +189,17 @@ def test_every_second_round_goes_on_in_new_processes():
         sampler.run()
         assert found == [True, True, False]
         assert [process.poll() for process in before] == [0] and sampler.processes[0].poll() is None
+
+
+@pytest.mark.slow
+def test_a_training_reads_the_pictures_of_its_case(tmp_path):
+    case, apart, losses = import_module("cases").unets(True)[0], import_module("apart"), []
+    pictures = import_module("pictures").draw_images(tmp_path, 8, size=64, users=2)
+    for flags in ({}, {"data_dir": str(pictures)}):
+        with contextlib.closing(apart.ApartTraining(replace(case, flags=case.flags | flags), seed=0)) as training:
+            training.run()
+            losses.append(training.gradient()[0])
+    assert losses[0].shape == losses[1].shape and (losses[0] - losses[1]).abs().max() > 0.01
 
 
 def test_absent_rivals_are_said_and_left_out(measured, monkeypatch, capsys):
