@@ -3,7 +3,7 @@
 # make lint   ruff and pyright; make docs: this documentation as pages in build/docs, with every link checked
 # make faults every fault, the slow ones as well, and the table of docs/reliability.md; FAULT_MOMENTS=100 kills so often
 #             of each kind (10), FAULT_SOAK_MINUTES=60 soaks so long (2)
-# make bench  every benchmark and the tables of docs/performance.md, about 25 minutes on two idle cores; the rival is
+# make bench  every benchmark and the tables of docs/performance.md, in half an hour or more; the rival is
 #             `pip install --no-deps guided-diffusion-sdk`, left out if absent; BENCH="--model_path FILE" adds whole jobs
 # Without make: sh setup.sh, then the command of the rule with .venv/bin in front of the PATH.
 

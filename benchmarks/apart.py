@@ -29,9 +29,13 @@ from guided_diffusion_vae.image_datasets import load_data_with_vae
 
 
 class Apart:
-    """Something that is done again and again in processes of its own; `close` ends them."""
+    """Something that is done again and again in processes of its own; `close` ends them.
 
-    def __init__(self, case: Case, work: dict, ranks: int):
+    Args:
+        warm_up: how often it is done before it is as quick as it stays.
+    """
+
+    def __init__(self, case: Case, work: dict, *, ranks: int = 1, warm_up: int):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -39,7 +43,7 @@ class Apart:
         shared |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(max(1, th.get_num_threads() // ranks))}
         self.words = [sys.executable, __file__, json.dumps({"batch": case.batch, "case": case.flags, **work})]
         self.each = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        self.turns = 0
+        self.turns, self.warm_up = 0, warm_up
         self._start()
 
     def _start(self) -> None:
@@ -48,11 +52,13 @@ class Apart:
         self._hear()
 
     def turn(self) -> None:
-        """Before every second round, go on in new processes, which are not seen doing it for the first time."""
-        if self.turns and self.turns % 2 == 0:
-            self.close()
-            self._start()
-            self.run()
+        """Before every second round, go on in new processes, warmed up."""
+        if self.turns % 2 == 0:
+            if self.turns:
+                self.close()
+                self._start()
+            for _ in range(self.warm_up):
+                self.run()
         self.turns += 1
 
     def run(self) -> None:
@@ -94,7 +100,7 @@ class ApartTraining(Apart):
     """
 
     def __init__(self, case: Case, who: str = "ours", ranks: int = 1, **flags):
-        super().__init__(case, {"training": who, "flags": flags}, ranks)
+        super().__init__(case, {"training": who, "flags": flags}, ranks=ranks, warm_up=8)
 
     def gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """See `contenders.loss_and_gradient`; of the whole batch. Of ours and the official one."""
@@ -111,7 +117,7 @@ class ApartSampler(Apart):
     """
 
     def __init__(self, case: Case, steps: int, who: str = "ours", **flags):
-        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, ranks=1)
+        super().__init__(case, {"sampling": who, "steps": steps, "flags": flags}, warm_up=2)
 
 
 TRAININGS = {

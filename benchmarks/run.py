@@ -1,6 +1,6 @@
 """Run the benchmarks, or those named, and write one JSON a benchmark; `tables.py` makes docs/performance.md of them.
 
-    python benchmarks/run.py                              all of them, about 25 minutes on two idle cores: `make bench`
+    python benchmarks/run.py                              all of them, in half an hour or more: `make bench`
     python benchmarks/run.py training sampling startup    these
     python benchmarks/run.py job --model_path runs/one/ema_0.99_000900.pt
 

@@ -21,7 +21,7 @@ class Settings:
 
     tiny: bool = False  # the smallest networks and data, to see that everything runs; its numbers mean nothing
     rounds: int = 7  # at most
-    budget_s: float = 25.0  # of one pair: when it is spent, no further round begins after the third
+    budget_s: float = 25.0  # of one pair's rounds: when it is spent, no further round begins after the third
     model_path: str = ""  # a checkpoint for whole sampling jobs
     num_samples: int = 62  # images of such a job
     launcher: str = ""  # of such a job, such as "mpiexec -n 2"
@@ -87,19 +87,19 @@ def alternate(
     """Seconds of a call of `a` and of `b`, one pair a round, `b` before `a` in every second one.
 
     Args:
-        rounds: at most; a spent budget ends them, but not before the third.
+        rounds: at most; a budget that they have spent ends them, but not before the third.
         least_s: a quicker call is repeated until it takes so long.
         before: called before each round, outside its time.
     """
-    begin = clock()
     sides = [(function, repeats(function, least_s, clock)) for function in (a, b)]
-    pairs = []
-    while len(pairs) < rounds and (len(pairs) < 3 or clock() - begin < budget_s):
+    pairs, spent = [], 0.0
+    while len(pairs) < rounds and (len(pairs) < 3 or spent < budget_s):
         for function in before:
             function()
-        turn = 1 if len(pairs) % 2 == 0 else -1
+        begin, turn = clock(), 1 if len(pairs) % 2 == 0 else -1
         first, second = (seconds(*side, clock) for side in sides[::turn])
         pairs.append((first, second)[::turn])
+        spent += clock() - begin
     return pairs
 
 

@@ -96,11 +96,11 @@ def test_a_spent_budget_ends_the_rounds_after_the_third():
     assert len(alternate(clock.costing("a", 1.0), clock.costing("b", 1.0), 9, budget_s=1e9, clock=clock)) == 9
 
 
-def test_a_side_takes_its_turn_before_each_round():
+def test_a_side_takes_its_turn_before_each_round_and_no_time_of_it():
     clock = Clock()
     turn = clock.costing("t", 100.0)
-    found = alternate(clock.costing("a", 1.0), clock.costing("b", 2.0), 3, before=[turn], clock=clock)
-    assert found == [(1.0, 2.0)] * 3 and "".join(clock.calls) == "ab" + "tab" + "tba" + "tab"
+    found = alternate(clock.costing("a", 1.0), clock.costing("b", 2.0), 9, budget_s=12, before=[turn], clock=clock)
+    assert found == [(1.0, 2.0)] * 4 and "".join(clock.calls) == "ab" + "tab" + "tba" + "tab" + "tba"
 
 
 def test_units():
