@@ -46,8 +46,7 @@ def against_diffusers(case, name: str, sampler: str, settings: Settings) -> dict
     """A sampler of ours against the scheduler that does the same."""
     scheduler = SCHEDULERS[sampler]
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
-    ours = ApartSampler(case, STEPS, sampler=sampler)
-    rival = ApartSampler(case, STEPS, name, scheduler=scheduler)
+    ours, rival = ApartSampler(case, STEPS, sampler=sampler), ApartSampler(case, STEPS, name, scheduler=scheduler)
     with closing(ours), closing(rival):
         sides = Way("ours", ours.run, STEPS), Way(f"{name}, {scheduler}", rival.run, STEPS, rival.turn)
         return compare(f"{case.name}, {sampler}", *sides, "steps/s", settings, **about)

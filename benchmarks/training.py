@@ -58,7 +58,6 @@ def deviations(found, reference) -> dict[str, float]:
 def against_diffusers(case, name: str, settings: Settings) -> dict:
     """Our loop against a network of diffusers."""
     about = case.about() | contenders.sizes(contenders.our_network(case, device="meta"), cases.DIFFUSERS[name](case))
-    ours, rival = ApartTraining(case), ApartTraining(case, name)
-    with closing(ours), closing(rival):
+    with closing(ApartTraining(case)) as ours, closing(ApartTraining(case, name)) as rival:
         sides = Way("ours", ours.run), Way(name, rival.run, turn=rival.turn)
         return compare(case.name, *sides, "steps/s", settings, **about)

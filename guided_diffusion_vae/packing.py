@@ -27,10 +27,10 @@ def keep_packed(network: nn.Module) -> None:
 class _Packed:
     """What was laid out last; nothing in copies and files."""
 
-    state: Any = None  # (C, H, W) of the image, and what the parameters were
-    parts: Any = ()  # those parameters, so that their place in memory stays theirs
-    weight: Any = None
-    bias: Any = None
+    state: tuple | None = None  # (C, H, W) of the image, and what the parameters were
+    parts: tuple[th.Tensor, ...] = ()  # those parameters, so that their place in memory stays theirs
+    weight: th.Tensor | None = None
+    bias: th.Tensor | None = None
 
     def __reduce__(self):
         return _Packed, ()
@@ -56,7 +56,7 @@ def convolve(
 ) -> th.Tensor:
     """`F.conv2d` of x (N, C, H, W), channels innermost, by what `made` makes of the weight and bias of `conv`:
     (O, C / groups, h, w) and (O,) or None."""
-    parts, packed = [part for part in (conv.weight, conv.bias) if part is not None], conv.packed
+    parts, packed = tuple(part for part in (conv.weight, conv.bias) if part is not None), conv.packed
     state = x.shape[1:], [(id(part), part._version, part.data_ptr()) for part in parts]
     if packed.state != state:
         weight, bias = made()

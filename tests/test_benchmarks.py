@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 
@@ -20,7 +21,7 @@ import contenders  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
-from timing import Settings, Way, alternate, compare, in_unit, spread  # noqa: E402
+from timing import Settings, Way, alternate, compare, in_unit, peak_extra_bytes, spread  # noqa: E402
 
 QUICK = "training", "sampling", "cached_latents", "evaluation", "ceiling"
 SLOW = "data_loading", "startup", "scaling"
@@ -103,6 +104,16 @@ def test_a_side_takes_its_turn_before_each_round_and_no_time_of_it():
     assert found == [(1.0, 2.0)] * 4 and "".join(clock.calls) == "ab" + "tab" + "tba" + "tab" + "tba"
 
 
+def test_memory_that_a_call_takes_is_seen_again_when_earlier_calls_have_kept_it():
+    def work():
+        kept = np.ones(20 << 20, np.uint8)
+        time.sleep(0.05)
+        return kept.sum()
+
+    for _ in range(3):
+        assert 15 << 20 < peak_extra_bytes(work) < 30 << 20
+
+
 def test_units():
     assert in_unit(0.5, 16, "images/s") == 32 and in_unit(0.5, 1, "s") == 0.5
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0}
@@ -179,15 +190,15 @@ def test_the_formula_of_precision_and_recall_on_points_of_a_line():
     assert evaluation.precision_recall(real, generated) == (1 / 6, 0.4)
 
 
-def test_every_second_round_goes_on_in_new_processes():
+def test_every_second_round_goes_on_in_new_processes_warmed_up():
     cases, apart = import_module("cases"), import_module("apart")
     with contextlib.closing(apart.ApartSampler(cases.transformer(True), 2)) as sampler:
-        before, found = sampler.processes, []
+        before, found, runs, run = sampler.processes, [], [], sampler.run
+        sampler.run = lambda: runs.append(run())
         for _ in range(3):
             sampler.turn()
-            found.append(sampler.processes is before)
-        sampler.run()
-        assert found == [True, True, False]
+            found.append((sampler.processes is before, len(runs)))
+        assert found == [(True, 2), (True, 2), (False, 4)]
         assert [process.poll() for process in before] == [0] and sampler.processes[0].poll() is None
 
 

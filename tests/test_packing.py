@@ -6,6 +6,7 @@ import pytest
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from guided_diffusion_vae import channels_last, packing, unet
 
@@ -41,6 +42,8 @@ def test_the_numbers_of_the_usual_convolution(name):
         assert found.is_contiguous(memory_format=INNERMOST) and (found - usual).abs().max() < 1e-6
     for size in (x[:1], image(2, 16, 12, 8), x):  # the last batch of a job; pictures of another size
         assert (call(conv, size) - call(of(flags), size)).abs().max() < 1e-6
+        kept = [part for part in tree_leaves(vars(conv.packed)) if th.is_tensor(part)]
+        assert len(kept) == 2 * len(list(conv.parameters()))  # the parameters and them packed: no memory for each size
 
 
 @th.no_grad()
